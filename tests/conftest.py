@@ -36,7 +36,9 @@ def smollm2() -> Path:
     try:
         return Path(pull("smollm2"))
     except (LmclockError, OSError) as error:
-        pytest.fail(f"this test needs SmolLM2, and `lmclock pull smollm2` failed: {error}", pytrace=False)
+        pytest.fail(
+            f"this test needs SmolLM2, and `lmclock pull smollm2` failed: {error}", pytrace=False
+        )
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+# lmclock: every target makes what it needs in .venv; nothing is installed outside it.
+#
+# The install is editable: a changed Python file counts at once, a changed native/*.cc is rebuilt by the
+# next make (incrementally, in build/). Stamps are files in .venv, so that `rm -r .venv` starts afresh.
+
+PYTHON ?= python3
+MODEL  ?= smollm2
+# Arguments for pytest: make test ARGS="-k listing -x"
+ARGS   ?=
+# For the tests the CPU is enough, while a plain `torch` brings gigabytes of CUDA libraries where the
+# package index offers nothing else. This version is also published as a CPU build, 2.13.0+cpu, which
+# pip prefers wherever one of its configured indexes or find-links folders has it.
+TORCH  ?= torch==2.13.0
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: help build demo test lint docs asan tsan fuzz bench clean FORCE
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: $(VENV)/.installed  ## lmclock and its extension, installed into .venv
+
+demo: build  ## pull a model, generate text, print where the time went
+	$(BIN)/lmclock pull $(MODEL)
+	$(BIN)/lmclock run $(MODEL) --temp 0 -n 48 -p "The capital of France is"
+	$(BIN)/lmclock stat $(MODEL) -n 64 -p "The capital of France is"
+
+test: lint  ## linter, type checker, every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.tools build  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: build  ## regenerate docs/isa.md, docs/cli.md and native/isa.h
+	$(BIN)/python -m tools.generate
+
+bench: $(VENV)/.bench build  ## lmclock beside other engines, interleaved
+	$(BIN)/python -m bench.peers $(ARGS)
+
+clean:  ## remove what was built, .venv included; downloaded models stay
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# cmake and ninja come from pip as well: build isolation would fetch them for every rebuild, and give the
+# compiler new include paths each time, which rebuilds everything.
+$(VENV)/.base: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or \
+	  sys.exit(f"lmclock needs Python 3.11 or newer, {sys.executable} is {sys.version}: set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install cmake ninja $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
+	touch $@
+
+# The editable install holds a map of the package's files: a renamed one needs a new map.
+build/files: FORCE
+	@mkdir -p build
+	@find lmclock native -name '*.py' -o -name '*.cc' -o -name '*.h' | LC_ALL=C sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(VENV)/.installed: $(VENV)/.base build/files CMakeLists.txt $(wildcard native/*)
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.tools: pyproject.toml | $(VENV)/.installed
+	$(PIP) install --no-build-isolation "$(TORCH)" -e ".[test]"
+	touch $@
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/.installed
+	$(PIP) install --no-build-isolation "$(TORCH)" -e ".[bench]"
+	touch $@
