@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -272,3 +273,12 @@ def test_the_extension_is_found(place: str, tmp_path: Path) -> None:
     """From the root, where ./lmclock shadows an installed package, and from anywhere else."""
     folder = ROOT if place == "root" else tmp_path
     assert "_native" in python("from lmclock import _native; print(_native.__file__)", folder)
+
+
+def test_only_loopback_is_reachable() -> None:
+    with pytest.raises(AssertionError, match="mark the test `network`"):
+        socket.create_connection(("192.0.2.1", 80), timeout=1)  # an address kept for documentation
+    with pytest.raises(AssertionError, match="mark the test `network`"):
+        socket.getaddrinfo("example.org", 443)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), timeout=1).close()
