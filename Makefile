@@ -5,12 +5,15 @@
 
 PYTHON ?= python3
 MODEL  ?= smollm2
-# Arguments for pytest: make test ARGS="-k listing -x"
+# Arguments for what the target runs: make test ARGS="-k listing -x"
 ARGS   ?=
 # For the tests the CPU is enough, while a plain `torch` brings gigabytes of CUDA libraries where the
 # package index offers nothing else. This version is also published as a CPU build, 2.13.0+cpu, which
 # pip prefers wherever one of its configured indexes or find-links folders has it.
 TORCH  ?= torch==2.13.0
+
+# The tests that drive the native machine, for the sanitizers.
+SANITIZED_TESTS ?= $(wildcard tests/test_native*.py)
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -32,12 +35,24 @@ demo: build  ## pull a model, generate text, print where the time went
 test: lint  ## linter, type checker, every test
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.tools build  ## ruff and mypy
+lint: $(VENV)/.test build  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 docs: build  ## regenerate docs/isa.md, docs/cli.md and native/isa.h
 	$(BIN)/python -m tools.generate
+
+asan: build/asan/.installed  ## native tests under the address and undefined-behaviour sanitizers
+	LD_PRELOAD="$(call runtime,asan) $(call runtime,stdc++)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  build/asan/bin/python -m pytest --capture=sys $(SANITIZED_TESTS) $(ARGS)
+
+tsan: build/tsan/.installed  ## native tests under the thread sanitizer
+	LD_PRELOAD="$(call runtime,tsan) $(call runtime,stdc++)" TSAN_OPTIONS=halt_on_error=1 \
+	  setarch -R build/tsan/bin/python -m pytest --capture=sys $(SANITIZED_TESTS) $(ARGS)
+
+fuzz: $(VENV)/.fuzz build  ## coverage-guided fuzzing of the file readers
+	$(BIN)/python -m tools.fuzz $(ARGS)
 
 bench: $(VENV)/.bench build  ## lmclock beside other engines, interleaved
 	$(BIN)/python -m bench.peers $(ARGS)
@@ -66,10 +81,23 @@ $(VENV)/.installed: $(VENV)/.base build/files CMakeLists.txt $(wildcard native/*
 	$(PIP) install --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.tools: pyproject.toml | $(VENV)/.installed
-	$(PIP) install --no-build-isolation "$(TORCH)" -e ".[test]"
+# The extras of pyproject.toml, for the target of the same name.
+$(VENV)/.test $(VENV)/.bench $(VENV)/.fuzz: $(VENV)/.%: pyproject.toml | $(VENV)/.installed
+	$(PIP) install --no-build-isolation "$(TORCH)" -e ".[$*]"
 	touch $@
 
-$(VENV)/.bench: pyproject.toml | $(VENV)/.installed
-	$(PIP) install --no-build-isolation "$(TORCH)" -e ".[bench]"
+# A sanitized extension lives in a venv of its own that sees the packages of .venv: python itself is not
+# instrumented, so the sanitizer's runtime is loaded before it.
+runtime = $(shell $(CXX) -print-file-name=lib$(1).so)
+sanitizers_asan := address,undefined
+sanitizers_tsan := thread
+
+build/%/.installed: $(VENV)/.test build/files CMakeLists.txt $(wildcard native/*)
+	$(BIN)/python -m venv --without-pip build/$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(build/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(PIP) --python build/$*/bin/python install --no-deps --no-build-isolation \
+	  --config-settings=build-dir=build/$*/objects \
+	  --config-settings=cmake.build-type=RelWithDebInfo \
+	  --config-settings=cmake.define.LMCLOCK_SANITIZE=$(sanitizers_$*) -e .
 	touch $@
