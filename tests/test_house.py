@@ -22,7 +22,7 @@ FILE_LINES, FUNCTION_LINES, COLUMNS = 400, 60, 100
 
 # Import ranks (docs/architecture.md): a file imports lower ranks, or its own rank and folder.
 RANKS = {
-    **dict.fromkeys(("errors", "settings", "formats"), 0),
+    **dict.fromkeys(("errors", "settings", "formats", "packing"), 0),
     **dict.fromkeys(("isa", "shapes", "batch"), 1),
     **dict.fromkeys(("program", "config"), 2),
     **dict.fromkeys(("listing", "verify", "files", "text"), 3),
