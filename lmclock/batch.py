@@ -84,6 +84,7 @@ class Batch:
     slots: np.ndarray
     pages: dict[str, list[np.ndarray]] = field(default_factory=dict)
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
+    page_size: int = 64
     pick: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     sampling: np.ndarray = field(default_factory=lambda: np.empty(0, SAMPLING))
     adjust: np.ndarray = field(default_factory=lambda: np.empty(0, ADJUST))

@@ -184,8 +184,9 @@ def make(
         if ATTRS[name].kind == "enum" and value not in members:
             raise ProgramError(f"{op} {name}={value!r} is unknown; valid: {choices(members)}")
         kept.append((name, value))
-    groups = [(part,) if isinstance(part, str) else tuple(part) for part in (outs, ins, weights)]
-    return Instruction(op, *groups, state, tuple(kept))
+    parts = ((part,) if isinstance(part, str) else tuple(part) for part in (outs, ins, weights))
+    o, n, w = parts
+    return Instruction(op, o, n, w, state, tuple(kept))
 
 
 # --- expansions of fused instructions into core ones
@@ -290,10 +291,16 @@ _ROWS = {
     "loss": "one row per sequence",
 }
 _EXPAND = {"linear": _expand_linear, "qkv": _expand_qkv, "glu": _expand_glu}
-OPCODES: dict[str, Opcode] = {
-    t[0]: Opcode(
-        t[0], code, *(tuple(part.split()) for part in t[1:4]), *t[4:],
-        rows=_ROWS.get(t[0], "the rows of its first input"), expand=_EXPAND.get(t[0]),
-    )
-    for code, t in enumerate(_T)
-}  # fmt: skip
+
+
+def _opcode(code: int, line: tuple[Any, ...]) -> Opcode:
+    name, outs, ins, weights, *rest = line
+    rows = _ROWS.get(name, "the rows of its first input")
+    operands = (outs.split(), ins.split(), weights.split())
+    a, b, c = (tuple(part) for part in operands)
+    state, attrs, kinds, shape, meaning = rest
+    expansion = _EXPAND.get(name)
+    return Opcode(name, code, a, b, c, state, attrs, kinds, shape, meaning, rows, expansion)
+
+
+OPCODES: dict[str, Opcode] = {line[0]: _opcode(code, line) for code, line in enumerate(_T)}

@@ -183,8 +183,8 @@ ABSENT = -1
 
 def encoded_fields() -> tuple[tuple[str, str, int], ...]:
     """(name, "int32" or "float32", count) of every field of an encoded instruction, in order."""
-    head = (("op", "int32", 1), ("outs", "int32", OUTS), ("ins", "int32", INS))
-    head += (("weights", "int32", WEIGHTS), ("state", "int32", 1))
+    counts = {"op": 1, "outs": OUTS, "ins": INS, "weights": WEIGHTS, "state": 1}
+    head = tuple((name, "int32", count) for name, count in counts.items())
     return head + tuple(
         (a.name, "float32" if a.kind == "float" else "int32", 1) for a in ATTRS.values()
     )

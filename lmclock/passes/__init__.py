@@ -1,0 +1,41 @@
+"""Passes: Program -> Program, pure and named. `optimise` runs the column for a level and verifies
+after each.
+
+    -O0  as assembled: one core instruction for each step of the arithmetic
+    -O1  fused: fewer instructions, the same numbers
+    -O2  fused and rounded: activations to int8 per 32 where the weights are quantised
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lmclock.errors import OptionError, choices
+from lmclock.passes.fuse import fuse
+from lmclock.passes.place import place
+from lmclock.passes.round import round_activations
+from lmclock.program import Program
+from lmclock.verify import verify
+
+Pass = Callable[[Program], Program]
+LEVELS: dict[int, tuple[Pass, ...]] = {
+    0: (place,),
+    1: (fuse, place),
+    2: (round_activations, fuse, place),
+}
+
+
+def optimise(program: Program, level: int = 2, keep: tuple[str, ...] = ()) -> Program:
+    """The program at -O`level`; values named in `keep` keep a register of their own.
+
+    OptionError when the level is unknown, ProgramError when a pass breaks a rule.
+    """
+    if level not in LEVELS:
+        raise OptionError(f"optimisation level {level!r} is unknown; valid: {choices(LEVELS)}")
+    verify(program)
+    for step in LEVELS[level]:
+        program = place(program, keep) if step is place else verify(step(program))
+    return program
+
+
+__all__ = ["LEVELS", "fuse", "optimise", "place", "round_activations"]
