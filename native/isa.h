@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-namespace lmclock {
+namespace lmclock::isa {
 
 enum class Op : int32_t {
   embed = 0,
@@ -69,11 +69,6 @@ enum class Pairs : int32_t {
 enum class Mask : int32_t {
   causal = 0,
   full = 1,
-};
-
-enum class NormKind : int32_t {
-  rms = 0,
-  layer = 1,
 };
 
 enum class ActKind : int32_t {
@@ -186,4 +181,4 @@ struct Adjust {
 };
 static_assert(sizeof(Adjust) == 16);
 
-}  // namespace lmclock
+}  // namespace lmclock::isa
