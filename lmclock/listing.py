@@ -64,7 +64,7 @@ def _columns(lines: list[str]) -> list[str]:
         operands, *attrs = code[head:].split("   ", 1)
         rows.append([code[:head] + operands, attrs[0] if attrs else "", *comment])
     for column, most in ((0, 56), (1, 48)):
-        width = min(most, max(len(row[column]) for row in rows)) + 1
+        width = min(most, max((len(row[column]) for row in rows), default=0)) + 1
         for row in rows:
             row[column] = f"{row[column]:<{width}} "
     return [f"{a}{b}{';' + c[0] if c else ''}".rstrip() for a, b, *c in rows]

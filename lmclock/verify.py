@@ -55,7 +55,7 @@ def _check(rules: tuple[tuple[Callable[..., bool], str], ...], args: tuple, wher
 def _names(program: Program) -> None:
     seen: set[str] = set()
     tables = (program.inputs, program.weights, program.states)
-    for name in [item.name for table in tables for item in table]:  # type: ignore[attr-defined]
+    for name in [item.name for table in tables for item in table]:
         if name in seen:
             raise ProgramError(f"{name} is declared twice")
         seen.add(name)

@@ -1,0 +1,116 @@
+"""Passes keep the arithmetic: fused instructions expand to what they replaced; registers never clash."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from lmclock.errors import OptionError
+from lmclock.isa import expand, make
+from lmclock.listing import parse
+from lmclock.passes import fuse, optimise, place, round_activations
+from lmclock.program import Program
+from tests.tiny import llama
+
+
+def ops(program: Program) -> list[str]:
+    return [i.op for i in program.section("step").instructions]
+
+
+def test_a_llama_layer_becomes_eight_instructions() -> None:
+    layer = ops(fuse(llama(layers=2)))[1:9]
+    assert layer == ["qkv", "rope", "rope", "store", "attend", "linear", "glu", "linear"]
+
+
+def test_expansion_gives_back_the_arithmetic() -> None:
+    """Names of inner values aside, a fused program expands to the instructions it was made of."""
+    plain, fused = llama(), fuse(llama())
+    steps = [s for i in fused.section("step").instructions for s in expand(i)]
+    assert Counter(s.op for s in steps) == Counter(ops(plain))
+    assert sorted(w for s in steps for w in s.all_weights()) == sorted(
+        w for i in plain.section("step").instructions for w in i.all_weights()
+    )
+
+
+def test_an_inner_value_with_another_reader_is_not_fused() -> None:
+    text = """program t "t"
+input x tok f32 width=32
+weight n 1x32 f32
+weight w 32x32 f32
+section step
+norm h, x, n
+linear y, h, w
+binary z, y, x
+binary again, y, h
+"""
+    assert ops(fuse(parse(text))) == ["norm", "linear", "binary", "binary"]
+
+
+def test_a_residual_defined_after_the_product_is_not_fused() -> None:
+    text = """program t "t"
+input x tok f32 width=32
+weight w 32x32 f32
+section step
+linear y, x, w
+act r, x kind=relu
+binary z, y, r
+"""
+    assert ops(fuse(parse(text))) == ["linear", "act", "binary"]
+    residual_first = text.replace(
+        "linear y, x, w\nact r, x kind=relu", "act r, x kind=relu\nlinear y, x, w"
+    )
+    assert ops(fuse(parse(residual_first))) == ["act", "linear"]
+
+
+def test_rounding_is_for_quantised_weights_only() -> None:
+    program = round_activations(llama(layers=2, formats=("q4_1", "f16")))
+    acts = [i["act"] for i in program.section("step").instructions if i.op == "linear"]
+    assert acts == ["q8_32"] * 7 + ["none"] * 7 + ["q8_32"], "layer 0, layer 1, then the q8_0 head"
+
+
+def test_registers_never_hold_two_live_values() -> None:
+    for level in (0, 1, 2):
+        program = optimise(llama(layers=4), level)
+        register = dict(program.registers)
+        body = program.section("step").instructions
+        types = program.types("step")
+        last = {name: k for k, i in enumerate(body) for name in i.reads()}
+        holder: dict[int, str] = {}
+        for k, i in enumerate(body):
+            for name in i.reads():
+                if name in register:
+                    assert holder[register[name]] == name, f"{name} was overwritten before {k}"
+            for name in i.outs:
+                before = holder.get(register[name])
+                assert before is None or last.get(before, len(body)) < k
+                if before:
+                    assert types[before].space == types[name].space
+                    assert types[before].ids == types[name].ids
+                holder[register[name]] = name
+
+
+def test_a_whole_llama_runs_in_few_registers() -> None:
+    registers = {r for _, r in optimise(llama(layers=30), 2).registers}
+    assert len(registers) <= 12
+    assert registers == set(range(len(registers)))
+
+
+def test_kept_values_have_a_register_of_their_own() -> None:
+    program = place(llama(layers=4), keep=("x.1", "a.2"))
+    counts = Counter(r for _, r in program.registers)
+    register = dict(program.registers)
+    assert counts[register["x.1"]] == counts[register["a.2"]] == 1
+
+
+def test_an_unknown_level_names_the_valid_ones() -> None:
+    with pytest.raises(OptionError, match="level 7 is unknown; valid: 0, 1 or 2"):
+        optimise(llama(), 7)
+
+
+def test_training_stays_unfused() -> None:
+    program = llama(layers=1)
+    text = program.section("step").instructions
+    train = program.with_sections((type(program.sections[0])("train", text),))
+    assert fuse(train).section("train").instructions == text
+    assert make("norm", "y", "x", eps=1e-5) == make("norm", "y", "x")
