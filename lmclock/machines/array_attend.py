@@ -7,21 +7,15 @@ position p of a sequence lies at offset p % page_size of the sequence's page num
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lmclock.errors import ProgramError
 from lmclock.isa import Instruction
-from lmclock.machines.array_rows import scatter, split
-
-if TYPE_CHECKING:
-    from lmclock.machines.array import ArrayMachine
-
-Array = Any  # of the machine's namespace
+from lmclock.machines.array_scope import Array, Scope, scatter, split
 
 
-def store(m: ArrayMachine, i: Instruction, k: Array, v: Array) -> tuple[()]:
+def store(m: Scope, i: Instruction, k: Array, v: Array) -> tuple[()]:
     """Writes the valid rows at their positions; rows of section `train` are only remembered."""
     if m.section == "train":
         m.fresh[str(i.state)] = (k, v, i.ins[0])
@@ -38,7 +32,7 @@ def store(m: ArrayMachine, i: Instruction, k: Array, v: Array) -> tuple[()]:
 
 
 def _addresses(
-    m: ArrayMachine, name: str, sequence: int, positions: np.ndarray
+    m: Scope, name: str, sequence: int, positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(page, offset) of each position."""
     pages = np.asarray(m.batch.pages[name][sequence], np.int64)
@@ -51,7 +45,7 @@ def _addresses(
     return pages[positions // m.capacity.page_size], positions % m.capacity.page_size
 
 
-def attend(m: ArrayMachine, i: Instruction, q: Array, *kv: Array) -> Array:
+def attend(m: Scope, i: Instruction, q: Array, *kv: Array) -> Array:
     """Rows see positions of their own sequence only; a row that sees nothing is zero."""
     heads, kv_heads = i["heads"], i["kv_heads"] or i["heads"]
     rows = m.rows(i.ins[0])
@@ -73,7 +67,7 @@ def attend(m: ArrayMachine, i: Instruction, q: Array, *kv: Array) -> Array:
 
 
 def _visible(
-    m: ArrayMachine, i: Instruction, kv: tuple[Array, ...], sequence: int, at: np.ndarray
+    m: Scope, i: Instruction, kv: tuple[Array, ...], sequence: int, at: np.ndarray
 ) -> tuple[Array, Array, np.ndarray]:
     """Keys and values (length, heads, dim) of one sequence, and their positions."""
     space = i.ins[1] if kv else None
@@ -94,7 +88,7 @@ def _visible(
 
 
 def _attend_rows(
-    m: ArrayMachine,
+    m: Scope,
     i: Instruction,
     q: Array,
     k: Array,
@@ -125,7 +119,7 @@ def _attend_rows(
     return xp.reshape(xp.permute_dims(y, (1, 0, 2)), (rows, -1))
 
 
-def _masked_softmax(m: ArrayMachine, i: Instruction, scores: Array, distance: np.ndarray) -> Array:
+def _masked_softmax(m: Scope, i: Instruction, scores: Array, distance: np.ndarray) -> Array:
     """Softmax over the last axis of (heads, rows, length); a row that sees nothing is zero."""
     xp = m.xp
     visible = np.ones(distance.shape, bool)
@@ -140,7 +134,7 @@ def _masked_softmax(m: ArrayMachine, i: Instruction, scores: Array, distance: np
     return weights / xp.where(total == 0, m.number(1), total)
 
 
-def _position_bias(m: ArrayMachine, i: Instruction, distance: np.ndarray) -> Array:
+def _position_bias(m: Scope, i: Instruction, distance: np.ndarray) -> Array:
     """(heads, rows, length): the learned bias of each key's bucket."""
     table = m.weights[i["rel_bias"]]
     buckets = position_buckets(

@@ -1,6 +1,6 @@
 """What every core opcode computes, one short function each, against the Python array API.
 
-`OPERATIONS[op](m, i, *ins)` takes the machine (weights, rows of the bound batch, states), the
+`OPERATIONS[op](m, i, *ins)` takes the scope (weights, rows of the bound batch, states), the
 instruction and its input values, matrices with one row per row of their space, and returns the
 value it defines, or a tuple of them. Nothing here writes into a value, so that PyTorch's autograd
 runs through every function. Fused opcodes do not appear: `isa.expand` is their meaning.
@@ -11,23 +11,18 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lmclock.errors import ProgramError
 from lmclock.isa import Instruction
 from lmclock.machines.array_attend import attend, store
-from lmclock.machines.array_rows import scatter, split
 from lmclock.machines.array_sample import sample_row
-
-if TYPE_CHECKING:
-    from lmclock.machines.array import ArrayMachine
-
-Array = Any  # of the machine's namespace
+from lmclock.machines.array_scope import Array, Scope, scatter, split
 
 
-def embed(m: ArrayMachine, i: Instruction, ids: Array) -> Array:
+def embed(m: Scope, i: Instruction, ids: Array) -> Array:
     """Padding rows are zero, whatever their id."""
     table = m.weights[i.weights[0]]
     valid = m.rows(i.ins[0]).valid
@@ -42,7 +37,7 @@ def embed(m: ArrayMachine, i: Instruction, ids: Array) -> Array:
     return scatter(m.xp, [m.take(table, chosen[here]) * i["scale"]], [here], ids)
 
 
-def norm(m: ArrayMachine, i: Instruction, x: Array) -> Array:
+def norm(m: Scope, i: Instruction, x: Array) -> Array:
     parts = split(m.xp, x, i["groups"])
     if i["kind"] == "layer":
         parts = parts - m.xp.mean(parts, axis=-1, keepdims=True)
@@ -55,14 +50,14 @@ def norm(m: ArrayMachine, i: Instruction, x: Array) -> Array:
     return m.xp.reshape(y, x.shape)
 
 
-def linear(m: ArrayMachine, i: Instruction, x: Array) -> Array:
+def linear(m: Scope, i: Instruction, x: Array) -> Array:
     y = product(m, i, x, m.weights[i.weights[0]])
     if i["scale"] != 1:
         y = y * i["scale"]
     return y + m.row(i["bias"]) if i["bias"] else y
 
 
-def product(m: ArrayMachine, i: Instruction, x: Array, w: Array) -> Array:
+def product(m: Scope, i: Instruction, x: Array, w: Array) -> Array:
     """x w^T, x rounded first as the instruction's `act` says."""
     if i["act"] == "q8_32" and x.shape[1] % 32:
         raise ProgramError(
@@ -71,7 +66,7 @@ def product(m: ArrayMachine, i: Instruction, x: Array, w: Array) -> Array:
     return m.xp.matmul(x if i["act"] == "none" else m.rounded(x, i["act"]), w.T)
 
 
-def rope(m: ArrayMachine, i: Instruction, x: Array) -> Array:
+def rope(m: Scope, i: Instruction, x: Array) -> Array:
     """The first `dims` of each head rotate; pair j is (j, j + dims/2), or (2j, 2j + 1)."""
     heads = split(m.xp, x, i["heads"])
     dims = i["dims"] or heads.shape[2]
@@ -98,7 +93,7 @@ def sigmoid(xp: Any, x: Array) -> Array:
     return xp.where(x >= 0, xp.ones_like(z), z) / (1 + z)
 
 
-def gelu_tanh(m: ArrayMachine, x: Array) -> Array:
+def gelu_tanh(m: Scope, x: Array) -> Array:
     return 0.5 * x * (1 + m.xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
@@ -113,23 +108,23 @@ ACTIVATIONS: dict[str, Callable[[Any, Array], Array]] = {
 }
 
 
-def act(m: ArrayMachine, i: Instruction, x: Array) -> Array:
+def act(m: Scope, i: Instruction, x: Array) -> Array:
     if i["kind"] == "softcap":
         return i["cap"] * m.xp.tanh(x / i["cap"])
     return ACTIVATIONS[i["kind"]](m, x)
 
 
-def binary(m: ArrayMachine, i: Instruction, a: Array, b: Array) -> Array:
+def binary(m: Scope, i: Instruction, a: Array, b: Array) -> Array:
     if i["kind"] == "mul":
         return a * b
     return a + b if i["kind"] == "add" else a - b
 
 
-def pick(m: ArrayMachine, i: Instruction, x: Array) -> Array:
+def pick(m: Scope, i: Instruction, x: Array) -> Array:
     return m.take(x, m.batch.pick)
 
 
-def pool(m: ArrayMachine, i: Instruction, x: Array) -> Array:
+def pool(m: Scope, i: Instruction, x: Array) -> Array:
     """Over the valid rows of each sequence; a sequence without any is zero."""
     rows, parts = m.rows(i.ins[0]), [m.zeros((0, x.shape[1]))]
     for sequence in range(rows.sequences):
@@ -155,16 +150,16 @@ def plain_softmax(xp: Any, x: Array) -> Array:
     return weights / xp.sum(weights, axis=-1, keepdims=True)
 
 
-def softmax(m: ArrayMachine, i: Instruction, x: Array) -> Array:
+def softmax(m: Scope, i: Instruction, x: Array) -> Array:
     parts = split(m.xp, x, i["groups"])
     return m.xp.reshape((log_softmax if i["log"] else plain_softmax)(m.xp, parts), x.shape)
 
 
-def concat(m: ArrayMachine, i: Instruction, a: Array, b: Array) -> Array:
+def concat(m: Scope, i: Instruction, a: Array, b: Array) -> Array:
     return m.xp.concat([a, b], axis=1)
 
 
-def lstm(m: ArrayMachine, i: Instruction, x: Array) -> Array:
+def lstm(m: Scope, i: Instruction, x: Array) -> Array:
     """Row after row of each sequence, from (h, c) of its slot, or zeros where position 0 is due."""
     xp, rows = m.xp, m.rows(i.ins[0])
     w_state = m.weights[i.weights[1]]
@@ -190,7 +185,7 @@ def lstm(m: ArrayMachine, i: Instruction, x: Array) -> Array:
     return scatter(xp, parts, indices, x)
 
 
-def route(m: ArrayMachine, i: Instruction, x: Array) -> tuple[Array, Array]:
+def route(m: Scope, i: Instruction, x: Array) -> tuple[Array, Array]:
     """Scores over all experts, then the best of them; among equals the lower number."""
     scores = m.xp.matmul(x, m.weights[i.weights[0]].T)
     p = sigmoid(m.xp, scores) if i["kind"] == "sigmoid" else plain_softmax(m.xp, scores)
@@ -201,7 +196,7 @@ def route(m: ArrayMachine, i: Instruction, x: Array) -> tuple[Array, Array]:
     return p, m.ids(order)
 
 
-def experts(m: ArrayMachine, i: Instruction, x: Array, p: Array, e: Array) -> Array:
+def experts(m: Scope, i: Instruction, x: Array, p: Array, e: Array) -> Array:
     """act= rounds the rows before each of the three products. Only experts that were chosen run."""
     gate, up, down = (m.weights[name] for name in i.weights)
     ffn, width = gate.shape[0] // i["experts"], down.shape[0] // i["experts"]
@@ -221,7 +216,7 @@ def experts(m: ArrayMachine, i: Instruction, x: Array, p: Array, e: Array) -> Ar
     return m.xp.sum(p[:, :, None] * outs, axis=1)
 
 
-def sample(m: ArrayMachine, i: Instruction, logits: Array) -> Array:
+def sample(m: Scope, i: Instruction, logits: Array) -> Array:
     """On the host: the rule of array_sample.py, row by row."""
     rows, adjust = m.numpy(logits), m.batch.adjust
     tokens = [
@@ -230,7 +225,7 @@ def sample(m: ArrayMachine, i: Instruction, logits: Array) -> Array:
     return m.ids(np.array(tokens, np.int64).reshape(-1, 1))
 
 
-def loss(m: ArrayMachine, i: Instruction, y: Array, target: Array) -> Array:
+def loss(m: Scope, i: Instruction, y: Array, target: Array) -> Array:
     """Mean per sequence: over rows whose target counts, or over all elements; 0 where none does."""
     rows, parts = m.rows(i.ins[0]), [m.zeros((0,))]
     for sequence in range(rows.sequences):
@@ -248,7 +243,7 @@ def loss(m: ArrayMachine, i: Instruction, y: Array, target: Array) -> Array:
     return m.xp.concat(parts)[:, None]
 
 
-def dropout(m: ArrayMachine, i: Instruction, x: Array) -> Array:
+def dropout(m: Scope, i: Instruction, x: Array) -> Array:
     """The machine's seed and the value's name give the mask: a span run twice repeats it."""
     if m.section != "train" or not i["p"]:
         return x
