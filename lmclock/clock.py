@@ -16,14 +16,13 @@ of its kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lmclock.batch import Batch, Rows
+from lmclock.batch import Batch
 from lmclock.cost import ACTIVATION_BYTES, Bound, Cost, cost
-from lmclock.cycle import STAGES, Cycle, Run
+from lmclock.cycle import STAGES, Cycle
 from lmclock.hardware.limits import Limits
 from lmclock.isa import Instruction
 from lmclock.program import Program
@@ -191,37 +190,39 @@ class Clock:
         return account
 
     def account(self, cycle: Cycle) -> Account:
+        """The account of one cycle; its per-instruction arrays span each section that ran."""
         account = Account(self.threads)
         stamps = cycle.stamps
         account.total = self.threads * (stamps[4] - stamps[0])
         for stage, a, b in zip(STAGES, stamps, stamps[1:], strict=False):
             account.stages[stage] = self.threads * (b - a)
         for run in cycle.runs:
-            account.stages["execute"] -= self.threads * (run.ticks.end - run.ticks.begin)
-            self._run(account, run, cycle.batch)
+            inside = self.threads * (run.ticks.end - run.ticks.begin)
+            account.stages["execute"] -= inside
+            span = (run.ticks.table[:, :, 1] - run.ticks.table[:, :, 0]).sum(axis=1)
+            account.wait += int(inside - span.sum())
+            length = len(self.costs[run.section].body)
+            busy = account.busy.setdefault(run.section, np.zeros(length, np.int64))
+            busy[run.ticks.first : run.ticks.first + len(span)] += span
+        for section, busy in account.busy.items():
+            self._section(account, section, busy, cycle.batch)
         return account
 
-    def _run(self, account: Account, run: Run, batch: Batch) -> None:
-        table, n = run.ticks.table, len(run.ticks.table)
-        busy = (table[:, :, 1] - table[:, :, 0]).sum(axis=1)
-        inside = self.threads * (run.ticks.end - run.ticks.begin)
-        account.wait += int(inside - busy.sum())
-        costs = self.costs[run.section]
+    def _section(self, account: Account, section: str, busy: np.ndarray, batch: Batch) -> None:
+        costs = self.costs[section]
         limit = costs.limit(batch)
-        span = slice(run.ticks.first, run.ticks.first + n)
-        wanted = self._ticks(limit.total[span])
+        wanted = self._ticks(limit.total)
         ideal = np.minimum(busy, wanted)
         kept = ideal
         if any(not rows.valid.all() for rows in batch.rows.values()):
-            everything = self._ticks(costs.limit(_all_valid(batch)).total[span])
-            kept = np.where(everything > 0, ideal * (wanted / np.maximum(everything, 1)), ideal)
-            kept = np.minimum(kept, ideal).astype(np.int64)
-        memory = limit.memory[span] >= limit.compute[span]
-        account.busy[run.section] = busy
-        account.ideal[run.section] = ideal
-        account.kept[run.section] = kept
-        account.memory_bound[run.section] = np.where(memory, kept, 0)
-        account.memory_side[run.section] = np.where(memory, busy - ideal, 0)
+            everything = self._ticks(costs.limit(_all_valid(batch)).total)
+            kept = (ideal * (wanted / np.maximum(everything, 1))).astype(np.int64)
+            kept = np.minimum(kept, ideal)
+        memory = limit.memory >= limit.compute
+        account.ideal[section] = ideal
+        account.kept[section] = kept
+        account.memory_bound[section] = np.where(memory, kept, 0)
+        account.memory_side[section] = np.where(memory, busy - ideal, 0)
         account.model_error += int(np.maximum(0, wanted - busy).sum())
         account.bound += limit.cycle * self.rate * self.threads
 
@@ -229,12 +230,10 @@ class Clock:
         return np.rint(seconds * self.rate * self.threads).astype(np.int64)
 
     def _traffic(self, cycle: Cycle) -> dict[str, np.ndarray]:
-        """Bytes of each instruction by section."""
-        found = {}
-        for run in cycle.runs:
-            costs = self.costs[run.section].costs(cycle.batch)[0]
-            found[run.section] = np.array([[c.bytes, c.operations] for c in costs])
-        return found
+        """(instructions, 2) by section: bytes and operations of each instruction."""
+        sections = dict.fromkeys(run.section for run in cycle.runs)
+        found = {name: self.costs[name].costs(cycle.batch)[0] for name in sections}
+        return {n: np.array([[c.bytes, c.operations] for c in costs]) for n, costs in found.items()}
 
     def decode_share(self, cycle: Cycle) -> float:
         """Of a mixed cycle's limit, the part its decode rows alone would need; the rest is
@@ -275,13 +274,3 @@ class Tally:
         self.ticks += cycle.stamps[4] - cycle.stamps[0]
         for section, table in traffic.items():
             self.traffic[section] = self.traffic.get(section, 0) + table
-
-
-def clock_cycles(clock: Clock, cycles: Iterable[Cycle]) -> Clock:
-    """The same clock after adding every cycle."""
-    for cycle in cycles:
-        clock.add(cycle)
-    return clock
-
-
-__all__ = ["LEAVES", "Account", "Clock", "Costs", "Limit", "Rows", "Tally", "clock_cycles"]

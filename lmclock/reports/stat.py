@@ -24,9 +24,8 @@ ORDER = ("encode", "prefill", "mixed", "decode")
 
 def si(value: float, unit: str) -> str:
     """`12.3 GB/s`: three digits and a decimal prefix."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")):
-        if abs(value) >= factor:
-            break
+    scales = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+    factor, prefix = next((s for s in scales if abs(value) >= s[0]), scales[-1])
     scaled = value / factor
     digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 2
     return f"{scaled:.{digits}f} {prefix}{unit}"

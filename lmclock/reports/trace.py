@@ -87,7 +87,8 @@ def _slice(
     args: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     return {"name": name, "cat": kind, "ph": "X", "pid": pid, "tid": tid,
-            "ts": round(begin * scale, 4), "dur": round(length * scale, 4), "args": args}  # fmt: skip
+            "ts": round(begin * scale, 4), "dur": round(length * scale, 4),
+            "args": args}  # fmt: skip
 
 
 def _names(program: Program, traits: Traits) -> Iterator[dict[str, Any]]:
