@@ -1,0 +1,219 @@
+"""The engine: sequences in, one clock cycle at a time, tokens out.
+
+    engine = Engine(machine, program, capacity=capacity, eos=frozenset({2}))
+    number = engine.add(Request(prompt=ids, max_new_tokens=64))
+    for event in engine.run():
+        print(event.tokens, event.finish)
+
+The machine has already loaded the program with the same capacity. A cycle is four stages, each in
+the file of its name: fetch, decode, execute (here), write_back. Time is the machine's, read where
+one stage follows the other. The engine knows token ids only; text is stream.py's.
+An engine belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+
+from lmclock.batch import Batch
+from lmclock.cache import Cache
+from lmclock.cycle import Cycle, Run
+from lmclock.engine.decode import Decoder
+from lmclock.engine.facts import read_facts
+from lmclock.engine.fetch import Plan, Scheduler
+from lmclock.engine.request import Event, Request, Running, Sink, last_length
+from lmclock.engine.sampling import Sampling
+from lmclock.engine.write_back import write_back
+from lmclock.errors import OptionError
+from lmclock.machines import Capacity, Machine
+from lmclock.program import Program
+
+__all__ = ["Engine", "Event", "Request", "Sampling", "capacity_for"]
+
+
+class Engine:
+    """See the module's header. `chunk` bounds the rows of a prompt in one cycle, `invariant` says
+    that the machine gives a prompt the same bits however it is cut, `prefix_reuse` shares cached
+    pages between equal beginnings. `on_cycle` hears every cycle.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        program: Program,
+        *,
+        capacity: Capacity,
+        eos: frozenset[int] = frozenset(),
+        chunk: int = 512,
+        invariant: bool = False,
+        prefix_reuse: bool = True,
+        on_cycle: Callable[[Cycle], None] | None = None,
+    ) -> None:
+        if chunk < 1:
+            raise OptionError(f"chunk={chunk} is out of range; valid: 1 or more")
+        self.machine, self.program, self.capacity = machine, program, capacity
+        self.eos, self.on_cycle = eos, on_cycle
+        self.facts = facts = read_facts(program)
+        self.cache = Cache(
+            capacity.slots,
+            capacity.page_size,
+            min((capacity.pages[name] for name in facts.paged), default=None),
+            min((capacity.pages[name] for name in facts.frozen), default=None),
+            fixed=bool(facts.fixed),
+            reuse=prefix_reuse and facts.causal,
+        )
+        self.scheduler = Scheduler(facts, self.cache, capacity, chunk, invariant)
+        self.decoder = Decoder(facts, self.scheduler.limit, capacity.page_size)
+        self.live: dict[int, Running] = {}
+        self.events: list[Event] = []  # of the last step, and of cancellations before it
+        self._news: list[Event] = []
+        self._number = 0
+        self._cycles = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self.live or self._news)
+
+    def add(self, request: Request) -> int:
+        """Queue a sequence and return its number. Errors (see Request) come before any work."""
+        last = last_length(request, self.program, self.facts, self.cache, self.capacity)
+        sequence = self._enter(request, last)
+        self.scheduler.add(sequence)
+        return sequence.id
+
+    def fork(
+        self, number: int, sampling: Sampling | None = None, sink: Sink | None = None
+    ) -> int | None:
+        """A second sequence that goes on from where `number` stands, sharing its cache; None when
+        it is over. Without another seed it draws the same tokens.
+        """
+        parent = self.live.get(number)
+        if parent is None:
+            return None
+        request = replace(
+            parent.request, sampling=sampling or parent.request.sampling, sink=sink, want={}
+        )
+        child = self._enter(request, parent.last)
+        child.tokens = list(parent.tokens)
+        child.delivered = parent.delivered
+        if child.tally:
+            child.tally = type(child.tally)(request.sampling, child.tokens)
+        self.scheduler.fork(parent, child)
+        return child.id
+
+    def cancel(self, number: int) -> bool:
+        """End a sequence between cycles; its last event comes with the next step. False when it is
+        over already.
+        """
+        sequence = self.live.pop(number, None)
+        if sequence is None:
+            return False
+        self.scheduler.remove(sequence)
+        self._news.append(Event(number, (), "cancelled"))
+        return True
+
+    def step(self) -> Cycle | None:
+        """One clock cycle; `events` holds its news. None when no sequence is left to run."""
+        now = self.machine.now
+        begin = now()
+        plan = self.scheduler.fetch()
+        self._copy()
+        if not plan.spans:
+            assert not self.live, "sequences are left, but none has a row due"
+            self.events, self._news = self._news, []
+            return None
+        fetched = now()
+        batch = self.decoder.decode(plan)
+        self.machine.bind(batch)
+        decoded = now()
+        runs, values = self._execute(plan, batch)
+        executed = now()
+        sampled: list[int] = []
+        if len(batch.pick) and self.facts.next is not None:
+            sampled = self.machine.read(self.facts.next).reshape(-1).tolist()
+        self.machine.commit()
+        outcome = write_back(plan, sampled, values, self.facts, self.cache)
+        for sequence in outcome.ended:
+            del self.live[sequence.id]
+            self.scheduler.remove(sequence)
+        self.events, self._news = self._news + outcome.events, []
+        self._cycles += 1
+        cycle = Cycle(
+            self._cycles - 1, batch, tuple(runs), (begin, fetched, decoded, executed, now()),
+            outcome.prompt_rows, outcome.decode_rows, outcome.discarded_rows, outcome.retired,
+        )  # fmt: skip
+        if self.on_cycle:
+            self.on_cycle(cycle)
+        return cycle
+
+    def run(self) -> Iterator[Event]:
+        """Step until nothing is left, yielding the events as they come."""
+        while self.busy:
+            self.step()
+            yield from self.events
+
+    def close(self) -> None:
+        """Cancel what is left and close the machine."""
+        for number in list(self.live):
+            self.cancel(number)
+        self.machine.close()
+
+    def _enter(self, request: Request, last: int) -> Running:
+        sequence = Running(self._number, request, last, self.eos)
+        self._number += 1
+        self.live[sequence.id] = sequence
+        return sequence
+
+    def _copy(self) -> None:
+        """Pages and slots that forks and snapshots need copied, in order."""
+        for kind, group in groupby(self.cache.take_copies(), key=lambda copy: copy[0]):
+            pairs = [(source, target) for _, source, target in group]
+            for state in self.facts.paged if kind == "paged" else self.facts.fixed:
+                self.machine.copy(state, pairs)
+
+    def _execute(self, plan: Plan, batch: Batch) -> tuple[list[Run], dict[str, np.ndarray]]:
+        """Run the sections, stopping after each instruction whose value a receiver wants."""
+        wanted = {name for sequence, _, _ in plan.spans for name in sequence.request.want}
+        sections = [self.facts.main]
+        if plan.encoded:
+            sections.insert(0, "encode")
+        runs, values = [], {}
+        for section in sections:
+            first = 0
+            where = {n: self.facts.values[n] for n in wanted}
+            stops = sorted((at.index + 1, n) for n, at in where.items() if at.section == section)
+            for stop, name in stops:
+                if stop > first:
+                    runs.append(Run(section, self.machine.run(section, first, stop)))
+                    first = stop
+                values[name] = self.machine.read(name)
+            if not stops or first < len(self.program.section(section).instructions):
+                runs.append(Run(section, self.machine.run(section, first)))
+        return runs, values
+
+
+def capacity_for(
+    program: Program,
+    *,
+    sequences: int = 8,
+    tokens: int | None = None,
+    chunk: int = 512,
+    picks: int | None = None,
+    page_size: int = 64,
+    source: int = 512,
+) -> Capacity:
+    """What a machine should set aside for so many sequences at once: `tokens` cached positions in
+    all (None: the model's whole context for each sequence), a prompt chunk beside a row of every
+    other sequence, `source` encoder rows a sequence.
+    """
+    if tokens is None:
+        tokens = sequences * (program.context or 4096)
+    rows = max(chunk + sequences - 1, source if program.has("encode") else 0)
+    sizes = {"paged": tokens, "frozen": sequences * (-(-source // page_size) * page_size)}
+    pages = {s.name: -(-sizes[s.kind] // page_size) for s in program.states if s.kind in sizes}
+    return Capacity(rows, picks or max(sequences, 64), sequences, page_size, pages)

@@ -1,0 +1,195 @@
+"""The fetch stage: which sequences have rows in the next cycle, and how many.
+
+Continuous batching, in order of arrival. A running sequence past its prompt has one row (decode);
+prompts fill the rows that are left, in chunks, and waiting sequences are admitted while slots and
+pages last: one whose prompt fits beside a spare page for each running sequence, or the first one
+when nothing runs.
+
+Pages of new tokens are taken on demand. When there is none, the youngest running sequence is
+preempted: it gives up its pages and waits, in its place by arrival, to be computed anew. The
+oldest sequence is never preempted and any single one fits (request.py checks), so each cycle the
+oldest advances and every sequence ends.
+
+Where a chunk ends depends on the sequence alone: at multiples of `chunk`, at the end of the
+prompt, and, when computed anew, after every new token, as the first time. So no sequence's
+arithmetic depends on its neighbours. `invariant` promises that chunks do not matter to the machine,
+and lets a sequence be computed anew in whole chunks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+from lmclock.cache import Cache
+from lmclock.engine.facts import Facts
+from lmclock.engine.request import Running
+from lmclock.machines import Capacity
+
+Span = tuple[Running, int, int]  # sequence, first position, rows
+
+
+@dataclass(slots=True)
+class Plan:
+    """The spans of one cycle, in order of arrival. `picks` are the rows of each that are picked,
+    its last ones; `encoded` those whose source rows run in this cycle.
+    """
+
+    spans: list[Span] = field(default_factory=list)
+    picks: list[int] = field(default_factory=list)
+    encoded: list[Running] = field(default_factory=list)
+
+
+class Scheduler:
+    """The sequences that wait and run, both ordered by arrival. `limit` bounds those running."""
+
+    def __init__(
+        self, facts: Facts, cache: Cache, capacity: Capacity, chunk: int, invariant: bool
+    ) -> None:
+        self.facts, self.cache, self.capacity = facts, cache, capacity
+        self.invariant = invariant
+        self.limit = min(capacity.slots, capacity.rows, capacity.picks)
+        # Beside a row (and a pick) of every other sequence, a whole chunk always fits.
+        self.chunk = min(chunk, capacity.rows - self.limit + 1)
+        self.pick_chunk = min(self.chunk, capacity.picks - self.limit + 1)
+        self.waiting: list[Running] = []
+        self.running: list[Running] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Running) -> None:
+        """Take it into the order of arrival."""
+        insort(self.waiting, sequence, key=_arrival)
+
+    def remove(self, sequence: Running) -> None:
+        """Forget it and free what it holds."""
+        line = self.running if sequence.held else self.waiting
+        del line[bisect_left(line, sequence.id, key=_arrival)]
+        self._release(sequence)
+
+    def fork(self, parent: Running, child: Running) -> None:
+        """Take in a child that shares what the parent has computed, if there is a slot for it."""
+        held = self.cache.fork(parent.held) if self._may_run() and parent.held else None
+        if held is None:
+            self.add(child)
+        else:
+            child.held, child.encoded = held, parent.encoded
+            insort(self.running, child, key=_arrival)
+
+    def fetch(self) -> Plan:
+        """The rows of the next cycle; none when nothing is left to run."""
+        plan = Plan()
+        preemptions = self.preemptions
+        due = [self._due(sequence) for sequence in self.running]
+        singles = due.count(1)
+        left = _Left(self.capacity.rows - singles, self.capacity.rows, self.capacity.picks)
+        left.picks -= len(due)
+        at = 0
+        while at < len(self.running):  # preemption shortens the list from its end
+            sequence = self.running[at]
+            count = due[at]
+            if (count == 1 or left.rows) and self._make_room(sequence, count):
+                self._grant(plan, left, sequence, count)
+            at += 1
+        # Whoever was preempted would only take back the room it was preempted for.
+        while self.waiting and left.rows and self._may_run() and preemptions == self.preemptions:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            left.picks -= 1
+            count = self._due(sequence)
+            if count == 1:
+                left.rows -= 1
+            self._grant(plan, left, sequence, count)
+        return plan
+
+    def _due(self, sequence: Running) -> int:
+        """Rows of its next span."""
+        assert sequence.held is not None
+        length = sequence.held.length
+        rest = len(sequence.tokens) - length
+        if rest == 1:
+            return 1
+        if not self.facts.causal:
+            return sequence.prompt_length if length == 0 else 1
+        if length < sequence.prompt_length:
+            rest = min(rest, sequence.prompt_length - length)
+        elif not self.invariant:
+            return 1
+        chunk = self.pick_chunk if sequence.request.pick_all else self.chunk
+        return min(rest, chunk - length % chunk)
+
+    def _grant(self, plan: Plan, left: _Left, sequence: Running, count: int) -> None:
+        """Plan the span if its rows fit; else nobody younger overtakes it with a longer one."""
+        assert sequence.held is not None
+        first = sequence.held.length
+        picks = self._picks(sequence, first, count)
+        source = 0 if sequence.encoded else len(sequence.request.source)
+        extra = count if count > 1 else 0
+        if extra > left.rows or picks - 1 > left.picks or source > left.source:
+            left.rows = 0
+            return
+        left.rows -= extra
+        left.picks -= max(picks - 1, 0)
+        left.source -= source
+        plan.spans.append((sequence, first, count))
+        plan.picks.append(picks)
+        if not sequence.encoded and self.facts.encodes:
+            plan.encoded.append(sequence)
+
+    def _picks(self, sequence: Running, first: int, count: int) -> int:
+        """How many rows of the span, counted from its end, need logits."""
+        end = first + count
+        if sequence.request.pick_all and end <= sequence.prompt_length:
+            return min(count, max(0, end - sequence.delivered))
+        if self.facts.next is None:
+            return int(bool(sequence.request.want) and end == len(sequence.tokens))
+        return int(end == len(sequence.tokens) < sequence.last)
+
+    def _make_room(self, sequence: Running, count: int) -> bool:
+        """Reserve pages for the span, preempting from the youngest on; False if that is itself."""
+        assert sequence.held is not None
+        while not self.cache.reserve(sequence.held, sequence.held.length + count):
+            youngest = self.running.pop()
+            self._release(youngest)
+            insort(self.waiting, youngest, key=_arrival)
+            self.preemptions += 1
+            if youngest is sequence:
+                return False
+        return True
+
+    def _admit(self, sequence: Running) -> bool:
+        """Move the first waiting sequence to the running ones, if there is room."""
+        held = self.cache.open(
+            sequence.tokens,
+            source=len(sequence.request.source),
+            salt=sequence.salt,
+            reuse=sequence.may_share,
+            spare=len(self.running),
+        )
+        if held is None:
+            return False
+        del self.waiting[0]
+        sequence.held = held
+        insort(self.running, sequence, key=_arrival)
+        return True
+
+    def _may_run(self) -> bool:
+        return len(self.running) < self.limit
+
+    def _release(self, sequence: Running) -> None:
+        if sequence.held is not None:
+            self.cache.close(sequence.held)
+            sequence.held, sequence.encoded = None, False
+
+
+@dataclass(slots=True)
+class _Left:
+    """What is left of a cycle's capacity: rows for spans of more than one, source rows, picks."""
+
+    rows: int
+    source: int
+    picks: int
+
+
+def _arrival(sequence: Running) -> int:
+    return sequence.id

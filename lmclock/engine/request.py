@@ -1,0 +1,210 @@
+"""What a caller asks for (`Request`), what it hears (`Event`), and a sequence on its way
+(`Running`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import numpy as np
+
+from lmclock.cache import Cache, Held
+from lmclock.engine.facts import POSITIONS, TOKENS, Facts
+from lmclock.engine.sampling import Sampling, Tally
+from lmclock.errors import ContextError, OptionError, UnsupportedError, choices
+from lmclock.machines import Capacity
+from lmclock.program import Program
+
+FINISHES = ("stop", "length", "cancelled", "error")
+Sink = Callable[[int], bool]
+Receiver = Callable[[int, np.ndarray], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to run.
+
+    prompt          token ids; for a program with only `encode`, its rows
+    max_new_tokens  None: until the context or the cache is full
+    stop_ids        token ids that end it, like the engine's `eos` (which `ignore_eos` turns off);
+                    the token itself is not handed out
+    source          token ids of the encoder rows, for programs that have them
+    inputs          (rows, width) for declared inputs the engine does not fill, such as token types;
+                    ids not given are 0
+    sink            called with each new token; False stops the sequence after it. It must not
+                    raise, nor call the engine
+    want            value name -> receiver(position of the first row, (rows, width)), called in the
+                    cycle that computes the rows; `seq` values once, after the prompt
+    pick_all        pick every row of the prompt (perplexity), not only the last
+    salt            prompts share cached pages only under the same salt
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    source: Sequence[int] = ()
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sink: Sink | None = None
+    want: Mapping[str, Receiver] = field(default_factory=dict)
+    pick_all: bool = False
+    salt: bytes = b""
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of one sequence: its new tokens, and why it ended, if it did (one of FINISHES).
+
+    stop: an end token or the sink; length: max_new_tokens; error: its logits could not be sampled.
+    """
+
+    sequence: int
+    tokens: tuple[int, ...] = ()
+    finish: str | None = None
+
+
+class Running:
+    """A sequence between `add` and its end. Rows `held.length`.. of `tokens` are due.
+
+    `delivered` rows have been handed to receivers: a sequence computed anew does not repeat them.
+    """
+
+    __slots__ = ("delivered", "encoded", "held", "id", "last", "prompt_length", "record", "request",
+                 "salt", "stops", "tally", "tokens")  # fmt: skip
+
+    def __init__(self, number: int, request: Request, last: int, eos: frozenset[int]) -> None:
+        self.id = number
+        self.request = request
+        self.tokens = [int(token) for token in request.prompt]
+        self.prompt_length = len(self.tokens)
+        self.last = last  # length at which it is finished
+        self.stops = request.stop_ids if request.ignore_eos else request.stop_ids | eos
+        self.record = request.sampling.record()
+        adjusts = request.sampling.penalises or request.sampling.logit_bias
+        self.tally = Tally(request.sampling, self.tokens) if adjusts else None
+        # What the cached keys depend on besides the tokens belongs to the salt.
+        source = np.array(request.source, np.int32).tobytes()
+        self.salt = sha256(sha256(request.salt).digest() + source).digest()
+        self.held: Held | None = None
+        self.encoded = False
+        self.delivered = 0
+
+    @property
+    def may_share(self) -> bool:
+        """Whether cached pages may stand for its rows: receivers must see all of them."""
+        return not (self.request.inputs or self.request.want or self.request.pick_all)
+
+
+def last_length(
+    request: Request, program: Program, facts: Facts, cache: Cache, capacity: Capacity
+) -> int:
+    """The length at which the sequence is finished, once everything about the request is checked.
+
+    ContextError when it can never fit; OptionError or UnsupportedError for what makes no sense.
+    """
+    _check_ids("prompt", request.prompt, facts.vocabulary)
+    if not len(request.prompt):
+        raise OptionError("the prompt is empty; it needs at least 1 token")
+    _check_source(request, facts, cache, capacity)
+    _check_inputs(request, facts)
+    for name in request.want:
+        if name not in facts.values:
+            raise OptionError(f"want={name!r} is not a value of program {program.name!r}")
+    new = request.max_new_tokens
+    if new is not None and (isinstance(new, bool) or not isinstance(new, int) or new < 0):
+        raise OptionError(f"max_new_tokens={new!r} is out of range; valid: 0 or more, or None")
+    if facts.next is None and new:
+        raise UnsupportedError(
+            f"program {program.name!r} does not sample, so max_new_tokens={new} cannot be; valid: 0"
+        )
+    if not facts.carries and (new or 0) > 1:
+        raise UnsupportedError(
+            f"program {program.name!r} keeps no state to go on from, so max_new_tokens={new} "
+            "cannot be; valid: 0 or 1"
+        )
+    for token in request.sampling.logit_bias:
+        if token >= facts.logits_width:
+            raise OptionError(
+                f"logit_bias for token {token}: valid ids: 0 to {facts.logits_width - 1}"
+            )
+    return _fit(request, program, facts, cache, capacity)
+
+
+def _fit(request: Request, program: Program, facts: Facts, cache: Cache, capacity: Capacity) -> int:
+    prompt, new = len(request.prompt), request.max_new_tokens
+    if not facts.causal and prompt > capacity.rows:
+        raise ContextError(
+            f"a prompt of {prompt} tokens must run in one cycle, which takes {capacity.rows} rows"
+        )
+    if not facts.causal and request.pick_all and prompt > capacity.picks:
+        raise ContextError(
+            f"a prompt of {prompt} tokens must be picked in one cycle, which takes {capacity.picks}"
+        )
+    limits = [(program.context, "the context of the model")] if program.context else []
+    if cache.positions is not None:
+        limits.append((cache.positions, "the room of the cache"))
+    if facts.next is None:
+        new = 0
+    elif not facts.carries and new is None:
+        new = 1
+    if not limits:
+        if new is None:
+            raise OptionError("max_new_tokens=None needs a model with a limited context")
+        return prompt + new
+    most, what = min(limits)
+    least = prompt + (1 if new is None else new)
+    if least > most:
+        asked = f" and {new} new ones" if new else ""
+        raise ContextError(
+            f"a prompt of {prompt} tokens{asked} does not fit: {what} is {most} tokens"
+        )
+    return most if new is None else prompt + new
+
+
+def _check_ids(what: str, ids: Sequence[int], size: int | None) -> None:
+    if not len(ids):
+        return
+    array = np.asarray(ids)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise OptionError(f"the {what} must be a list of whole token ids, not {array.dtype}")
+    most = 2**31 if size is None else size
+    wrong = array[(array < 0) | (array >= most)]
+    if len(wrong):
+        raise OptionError(f"token id {wrong[0]} in the {what}; valid: 0 to {most - 1}")
+
+
+def _check_source(request: Request, facts: Facts, cache: Cache, capacity: Capacity) -> None:
+    rows = len(request.source)
+    if bool(rows) != facts.encodes:
+        raise OptionError(
+            "this program needs source tokens, but there are none"
+            if facts.encodes
+            else f"this program has no encoder, so {rows} source tokens cannot be used; valid: none"
+        )
+    _check_ids("source", request.source, facts.source_vocabulary)
+    if rows > capacity.rows:
+        raise ContextError(
+            f"a source of {rows} tokens must run in one cycle, which takes {capacity.rows} rows"
+        )
+    room = cache.sources.size * cache.page_size
+    if cache.frozen and rows > room:
+        raise ContextError(f"a source of {rows} tokens does not fit: the cache holds {room}")
+
+
+def _check_inputs(request: Request, facts: Facts) -> None:
+    own = {i.name: i for i in facts.inputs if i.name not in TOKENS + POSITIONS}
+    for name in [*request.inputs, *own]:
+        if name not in own:
+            raise OptionError(f"input {name!r} is not one to give; valid: {choices(own) or 'none'}")
+        if name not in request.inputs:
+            if own[name].ids:
+                continue
+            raise OptionError(f"input {name!r} of the program is not given")
+        of_prompt = own[name].space == facts.space
+        shape = (len(request.prompt if of_prompt else request.source), own[name].width)
+        if np.shape(request.inputs[name]) != shape:
+            have = np.shape(request.inputs[name])
+            raise OptionError(f"input {name!r} has shape {have}; valid: {shape}")

@@ -1,0 +1,116 @@
+"""The write-back stage: what the rows of a cycle leave behind in their sequences.
+
+Caches advance by the rows kept; sampled tokens are appended and handed to sinks; a sequence whose
+end has come says why. Receivers get the values they want before anything else happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lmclock.cache import Cache
+from lmclock.engine.facts import Facts
+from lmclock.engine.fetch import Plan
+from lmclock.engine.request import Event, Running
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Of one cycle: its events, the sequences that ended, and the counts of `Cycle`."""
+
+    events: list[Event] = field(default_factory=list)
+    ended: list[Running] = field(default_factory=list)
+    prompt_rows: int = 0
+    decode_rows: int = 0
+    discarded_rows: int = 0
+    retired: int = 0
+
+
+def write_back(
+    plan: Plan,
+    sampled: list[int],
+    values: Mapping[str, np.ndarray],
+    facts: Facts,
+    cache: Cache,
+) -> Outcome:
+    """Advance the plan's sequences: `sampled` has a token per picked row, `values` what was read
+    for receivers. The ended sequences still hold their cache.
+    """
+    outcome = Outcome()
+    if values:
+        deliver(plan, values, facts)
+    at = 0
+    for sequence in plan.encoded:
+        sequence.encoded = True
+    for (sequence, first, count), picks in zip(plan.spans, plan.picks, strict=True):
+        assert sequence.held is not None
+        at += picks
+        end = first + count
+        if first < sequence.prompt_length:
+            outcome.prompt_rows += count
+        else:
+            outcome.decode_rows += count
+        sequence.delivered = max(sequence.delivered, end)
+        if end < len(sequence.tokens):
+            cache.commit(sequence.held, sequence.tokens, end)
+            continue
+        token = sampled[at - 1] if picks and sampled and end < sequence.last else None
+        if token is not None and not 0 <= token < facts.logits_width:
+            outcome.discarded_rows += count
+            _end(outcome, sequence, (), "error")
+            continue
+        cache.commit(sequence.held, sequence.tokens, end)
+        _retire(outcome, sequence, token)
+    return outcome
+
+
+def _retire(outcome: Outcome, sequence: Running, token: int | None) -> None:
+    """Append one new token, or none, and see whether the sequence ends."""
+    if token is None:
+        _end(outcome, sequence, (), "length")
+        return
+    if token in sequence.stops:
+        _end(outcome, sequence, (), "stop")
+        return
+    sequence.tokens.append(token)
+    if sequence.tally:
+        sequence.tally.add(sequence.tokens)
+    outcome.retired += 1
+    sink = sequence.request.sink
+    if sink is not None and not sink(token):
+        _end(outcome, sequence, (token,), "stop")
+    elif len(sequence.tokens) >= sequence.last:
+        _end(outcome, sequence, (token,), "length")
+    else:
+        outcome.events.append(Event(sequence.id, (token,)))
+
+
+def _end(outcome: Outcome, sequence: Running, tokens: tuple[int, ...], finish: str) -> None:
+    outcome.events.append(Event(sequence.id, tokens, finish))
+    outcome.ended.append(sequence)
+
+
+def deliver(plan: Plan, values: Mapping[str, np.ndarray], facts: Facts) -> None:
+    """Hand each receiver the rows of its sequence that it has not seen."""
+    row = picked = source = 0
+    for number, ((sequence, first, count), picks) in enumerate(
+        zip(plan.spans, plan.picks, strict=True)
+    ):
+        end = first + count
+        skipped = min(count, max(0, sequence.delivered - first))
+        encoded = len(sequence.request.source) if sequence in plan.encoded else 0
+        rows = {
+            facts.space: (first + skipped, row + skipped, row + count),
+            "pick": (end - picks, picked, picked + picks),
+            "seq": (0, number, number + (skipped < count and end == sequence.prompt_length)),
+        }
+        if facts.encodes:
+            rows["src"] = (0, source, source + encoded if not sequence.delivered else source)
+        for name, receiver in sequence.request.want.items():
+            position, begin, stop = rows[facts.values[name].space]
+            if begin < stop:
+                receiver(position, values[name][begin:stop])
+        row, picked, source = row + count, picked + picks, source + encoded
