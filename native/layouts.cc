@@ -1,0 +1,131 @@
+// What every SIMD path shares: names and sizes of the layouts, and the choice of a path at run time.
+
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace lmclock {
+
+#define LM_DECLARE(path) \
+  namespace path {       \
+  extern const Kernels kKernels; \
+  }
+LM_DECLARE(scalar)
+#if defined(LMCLOCK_X86)
+LM_DECLARE(avx2)
+LM_DECLARE(avx512)
+#endif
+#if defined(LMCLOCK_NEON)
+LM_DECLARE(neon)
+#endif
+
+namespace {
+
+struct LayoutRow {
+  const char* name;
+  int format;  // GGUF type number packed without change, -1 for the generic ones
+  int block, bytes;
+};
+
+// In the order of enum Layout; bytes of 16 rows.
+constexpr LayoutRow kRows[kLayouts] = {
+    {"f32", 0, 1, 64},       {"f16", 1, 1, 32},        {"bf16", 30, 2, 64},
+    {"q4_0", 2, 32, 288},    {"q4_1", 3, 32, 320},     {"q5_0", 6, 32, 352},
+    {"q8_0", 8, 32, 544},    {"q4_k", 12, 256, 2304},  {"q6_k", 14, 256, 3360},
+    {"generic16", -1, 16, 384}, {"generic32", -1, 32, 640},
+};
+
+const LayoutRow& row(Layout layout) { return kRows[static_cast<int>(layout)]; }
+
+#if defined(LMCLOCK_X86)
+struct Registers { unsigned a, b, c, d; };
+
+Registers cpuid(unsigned leaf, unsigned sub = 0) {
+  Registers r = {};
+  __get_cpuid_count(leaf, sub, &r.a, &r.b, &r.c, &r.d);
+  return r;
+}
+
+bool bit(unsigned value, int n) { return value >> n & 1; }
+
+// The registers the operating system saves: bits of XCR0.
+uint64_t saved_state() {
+  if (!bit(cpuid(1).c, 27)) return 0;
+  unsigned low, high;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return static_cast<uint64_t>(high) << 32 | low;
+}
+
+bool has_avx2() {
+  const Registers one = cpuid(1);
+  return (saved_state() & 6) == 6 && bit(one.c, 12) && bit(one.c, 29) && bit(cpuid(7).b, 5);
+}
+
+bool has_avx512() {
+  const Registers seven = cpuid(7);
+  const unsigned wanted[] = {16, 17, 30, 31};  // F, DQ, BW, VL
+  for (unsigned n : wanted)
+    if (!bit(seven.b, static_cast<int>(n))) return false;
+  return (saved_state() & 0xe6) == 0xe6 && has_avx2() && bit(seven.c, 11) && bit(cpuid(7, 1).a, 5);
+}
+#endif
+
+std::vector<const Kernels*> find_kernels() {
+  std::vector<const Kernels*> found;
+#if defined(LMCLOCK_X86)
+  if (has_avx512()) found.push_back(&avx512::kKernels);
+  if (has_avx2()) found.push_back(&avx2::kKernels);
+#endif
+#if defined(LMCLOCK_NEON)
+  found.push_back(&neon::kKernels);
+#endif
+  found.push_back(&scalar::kKernels);
+  return found;
+}
+
+}  // namespace
+
+Layout layout_of(int format) {
+  for (int i = 0; i < kLayouts; ++i)
+    if (kRows[i].format == format) return static_cast<Layout>(i);
+  if (format == 7 || format == 13) return Layout::generic32;   // q5_1, q5_k
+  if (format == 10 || format == 11) return Layout::generic16;  // q2_k, q3_k
+  return Layout::none;
+}
+
+const char* layout_name(Layout layout) { return row(layout).name; }
+int64_t layout_block(Layout layout) { return row(layout).block; }
+int64_t layout_bytes(Layout layout) { return row(layout).bytes; }
+
+int64_t panel_bytes(Layout layout, int64_t width) {
+  return (width + row(layout).block - 1) / row(layout).block * row(layout).bytes;
+}
+
+int64_t act_row_bytes(Act act, int64_t width) {
+  if (act == Act::none) return 4 * width;
+  // q8_32: see record.h
+  const int64_t bytes = act == Act::bf16 ? 2 * (width + 1)
+                                         : (width + 63) / 64 * 64 + width / kRoundBlock * (16 + 8);
+  return ((bytes + kAlign - 1) / kAlign | 1) * kAlign;
+}
+
+const std::vector<const Kernels*>& available_kernels() {
+  static const std::vector<const Kernels*> found = find_kernels();
+  return found;
+}
+
+const Kernels* select_kernels(const char* forced) {
+  for (const Kernels* kernels : available_kernels())
+    if (!forced || std::strcmp(kernels->name, forced) == 0) return kernels;
+  return nullptr;
+}
+
+}  // namespace lmclock

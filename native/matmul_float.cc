@@ -1,0 +1,117 @@
+// f32 and bf16 tiles, and the way through f32 for every other pair of layout and activations.
+//
+// Per row and output: acc = fma(w, x, acc) over k in order; bf16 x bf16 goes by pairs of k (dot_bf16).
+
+#include "layouts.h"
+#include "tables.h"
+
+namespace lmclock::LMCLOCK_PATH {
+
+namespace {
+
+struct F32 {
+  static constexpr int kStep = 1, kBytes = 64;
+  LM_INLINE void load_k(const uint8_t* p, f32x16 (&w)[1]) {
+    w[0] = load(reinterpret_cast<const float*>(p));
+  }
+};
+struct F16 {
+  static constexpr int kStep = 1, kBytes = 32;
+  LM_INLINE void load_k(const uint8_t* p, f32x16 (&w)[1]) { w[0] = load_f16(p); }
+};
+struct BF16 {
+  static constexpr int kStep = 2, kBytes = 64;
+  LM_INLINE void load_k(const uint8_t* p, f32x16 (&w)[2]) {
+    const i32x16 pair = load_i(p);
+    w[0] = from_bf16(pair);
+    w[1] = as_f32(pair & splat_i(static_cast<int32_t>(0xffff0000)));
+  }
+};
+
+// Continues the sums in args.out.
+template <class W, int T>
+LM_INLINE void accumulate(const TileArgs& args) {
+  f32x16 acc[T];
+  unroll<T>([&](auto t) LM_LAMBDA { acc[t] = load(args.out + 16 * t); });
+  const uint8_t* w = args.panel;
+  const float* x = reinterpret_cast<const float*>(args.x);
+  const int64_t stride = args.x_stride / 4;
+  int64_t k = 0;
+  f32x16 wk[W::kStep];
+  for (; k + W::kStep <= args.width; k += W::kStep, w += W::kBytes) {
+    W::load_k(w, wk);
+    unroll<W::kStep>([&](auto i) LM_LAMBDA {
+      unroll<T>([&](auto t) LM_LAMBDA { acc[t] = fma(wk[i], splat(x[t * stride + k + i]), acc[t]); });
+    });
+  }
+  if (k < args.width) {
+    W::load_k(w, wk);
+    unroll<T>([&](auto t) LM_LAMBDA { acc[t] = fma(wk[0], splat(x[t * stride + k]), acc[t]); });
+  }
+  unroll<T>([&](auto t) LM_LAMBDA { store(args.out + 16 * t, acc[t]); });
+}
+
+template <class W, int T>
+void tile(const TileArgs& args) {
+  std::memset(args.out, 0, 64 * T);
+  accumulate<W, T>(args);
+}
+
+template <class W>
+constexpr Tiles kTiles = {{tile<W, 16>, tile<W, 8>, tile<W, 4>, tile<W, 2>, tile<W, 1>}};
+
+template <int T>
+void tile_bf16(const TileArgs& args) {
+  f32x16 acc[T];
+  unroll<T>([&](auto t) LM_LAMBDA { acc[t] = splat(0.0f); });
+  const uint8_t* x = args.x;
+  const uint8_t* end = args.panel + (args.width + 1) / 2 * 64;
+  for (const uint8_t* w = args.panel; w < end; w += 64, x += 4) {
+    const i32x16 pair = load_i(w);
+    unroll<T>([&](auto t) LM_LAMBDA { acc[t] = dot_bf16(acc[t], pair, x + t * args.x_stride); });
+  }
+  unroll<T>([&](auto t) LM_LAMBDA { store(args.out + 16 * t, acc[t]); });
+}
+
+constexpr Tiles kBf16Tiles = {
+    {tile_bf16<16>, tile_bf16<8>, tile_bf16<4>, tile_bf16<2>, tile_bf16<1>}};
+
+constexpr int64_t kChunk = 256;  // k at a time: weights 16 KB and 16 rows of activations 16 KB fit in L1
+
+template <int T>
+void chunks_f32(Layout layout, Act act, const TileArgs& args) {
+  alignas(64) float w[kChunk * kPanel], x[T * kChunk];
+  std::memset(args.out, 0, 64 * T);
+  for (int64_t k0 = 0; k0 < args.width; k0 += kChunk) {
+    const int64_t n = args.width - k0 < kChunk ? args.width - k0 : kChunk;
+    dequantise(layout, args.panel, k0, n, w);
+    for (int t = 0; t < T; ++t)
+      activations_f32(act, args.x + t * args.x_stride, args.width, k0, n, x + t * kChunk);
+    accumulate<F32, T>({reinterpret_cast<const uint8_t*>(w), reinterpret_cast<const uint8_t*>(x),
+                        4 * kChunk, n, args.out});
+  }
+}
+
+}  // namespace
+
+const Tiles& float_tiles(Layout layout) {
+  switch (layout) {
+    case Layout::f32: return kTiles<F32>;
+    case Layout::f16: return kTiles<F16>;
+    default: return kTiles<BF16>;
+  }
+}
+
+const Tiles& bf16_tiles() { return kBf16Tiles; }
+
+void tile_f32(Layout layout, Act act, const TileArgs& args, int rows) {
+  switch (rows) {
+    case 16: return chunks_f32<16>(layout, act, args);
+    case 8: return chunks_f32<8>(layout, act, args);
+    case 4: return chunks_f32<4>(layout, act, args);
+    case 2: return chunks_f32<2>(layout, act, args);
+    default: return chunks_f32<1>(layout, act, args);
+  }
+}
+
+}  // namespace lmclock::LMCLOCK_PATH

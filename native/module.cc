@@ -1,0 +1,267 @@
+// lmclock._native: the kernels as Python functions, for tests, calibration and benchmarks.
+//
+// Arrays are C-contiguous NumPy arrays; sizes are checked here, since kernels check nothing. Every call releases the
+// GIL. `threads` splits the panels (1, 2, ... plain threads started for the call).
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace lmclock {
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
+using FloatsIn = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using IdsIn = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatsOut = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+using BytesOut = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
+
+struct Free {
+  void operator()(uint8_t* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<uint8_t, Free>;
+
+Buffer allocate(int64_t bytes) {
+  const size_t size = static_cast<size_t>((bytes + kAlign) / kAlign * kAlign);
+  Buffer buffer(static_cast<uint8_t*>(std::aligned_alloc(kAlign, size)));
+  if (!buffer) throw std::bad_alloc();
+  return buffer;
+}
+
+void require(bool ok, const std::string& message) {
+  if (!ok) throw nb::value_error(message.c_str());
+}
+
+const Kernels& find(const std::optional<std::string>& path) {
+  const Kernels* kernels = select_kernels(path ? path->c_str() : nullptr);
+  if (kernels) return *kernels;
+  std::string names;
+  for (const Kernels* k : available_kernels()) names += names.empty() ? k->name : std::string(", ") + k->name;
+  throw nb::value_error(("SIMD path '" + *path + "' is not available here; valid: " + names).c_str());
+}
+
+// f(begin, end) over [0, n) in `threads` equal parts.
+template <class F>
+void parallel(int threads, int64_t n, F f) {
+  std::vector<std::thread> started;
+  for (int t = 1; t < threads; ++t)
+    started.emplace_back([=] { f(n * t / threads, n * (t + 1) / threads); });
+  f(0, n / threads);
+  for (std::thread& thread : started) thread.join();
+}
+
+template <class Array, class T>
+Array array_of(std::unique_ptr<T[]> data, int64_t rows, int64_t width) {
+  T* p = data.release();
+  nb::capsule owner(p, [](void* q) noexcept { delete[] static_cast<T*>(q); });
+  return Array(p, {static_cast<size_t>(rows), static_cast<size_t>(width)}, owner);
+}
+
+struct Packed {
+  Matrix m;
+  Buffer data;
+  bool finite = true;
+  const Kernels* kernels = nullptr;
+
+  FloatsOut unpack_rows(IdsIn ids) const {
+    for (size_t i = 0; i < ids.size(); ++i)
+      require(ids.data()[i] >= 0 && ids.data()[i] < m.outputs,
+              "row " + std::to_string(ids.data()[i]) + " is outside 0.." + std::to_string(m.outputs - 1));
+    const int64_t count = static_cast<int64_t>(ids.size());
+    std::unique_ptr<float[]> out(new float[static_cast<size_t>(count * m.width + 1)]);
+    kernels->unpack_rows(m, ids.data(), count, out.get(), m.width);
+    return array_of<FloatsOut>(std::move(out), count, m.width);
+  }
+};
+
+Packed pack(int format, int64_t outputs, int64_t width, Bytes data,
+                             const std::optional<std::string>& path, int threads) {
+  static const struct { int code, block, bytes; } kSources[] = {
+      {0, 1, 4}, {1, 1, 2}, {2, 32, 18}, {3, 32, 20}, {6, 32, 22}, {7, 32, 24}, {8, 32, 34},
+      {10, 256, 84}, {11, 256, 110}, {12, 256, 144}, {13, 256, 176}, {14, 256, 210}, {30, 1, 2}};
+  Packed packed;
+  packed.kernels = &find(path);
+  const Layout layout = layout_of(format);
+  require(layout != Layout::none, "format " + std::to_string(format) + " has no packed layout");
+  for (auto source : kSources)
+    if (source.code == format)
+      require(outputs >= 0 && width >= 0 && width % source.block == 0 &&
+                  static_cast<int64_t>(data.nbytes()) == outputs * (width / source.block) * source.bytes,
+              std::to_string(data.nbytes()) + " bytes are not " + std::to_string(outputs) + " rows of " +
+                  std::to_string(width));
+  const int64_t stride = panel_bytes(layout, width), padded = (stride + 63) / 64 * 64;
+  const int64_t panels = panels_of(outputs);
+  packed.data = allocate(panels * padded);
+  packed.m = {packed.data.get(), outputs, width, padded, layout};
+  nb::gil_scoped_release unlocked;
+  bool finite[64];
+  std::vector<std::thread> started;
+  const int n = threads < 1 ? 1 : threads > 64 ? 64 : threads;
+  auto part = [&](int t) {
+    finite[t] = packed.kernels->pack(format, data.data(), outputs, width, packed.data.get(), padded,
+                                      panels * t / n, panels * (t + 1) / n);
+  };
+  for (int t = 1; t < n; ++t) started.emplace_back(part, t);
+  part(0);
+  for (std::thread& thread : started) thread.join();
+  for (int t = 0; t < n; ++t) packed.finite &= finite[t];
+  return packed;
+}
+
+Act act_of(const std::string& name) {
+  if (name == "none") return Act::none;
+  if (name == "q8_32") return Act::q8_32;
+  if (name == "bf16") return Act::bf16;
+  throw nb::value_error(("activation rounding '" + name + "'; valid: none, q8_32 or bf16").c_str());
+}
+
+GluKind glu_of(const std::string& name) {
+  if (name == "silu") return GluKind::silu;
+  if (name == "gelu_tanh") return GluKind::gelu_tanh;
+  if (name == "gelu") return GluKind::gelu;
+  if (name == "relu") return GluKind::relu;
+  throw nb::value_error(("glu kind '" + name + "'; valid: silu, gelu_tanh, gelu or relu").c_str());
+}
+
+// Activation records of x, or x itself.
+struct RoundedRows {
+  Rows rows;
+  Buffer data;
+  int64_t count = 0;
+};
+
+RoundedRows round_rows(const Kernels& kernels, Act act, FloatsIn x, int64_t width) {
+  require(x.ndim() == 2 && static_cast<int64_t>(x.shape(1)) == width,
+          "activations must be (rows, " + std::to_string(width) + ")");
+  require(act != Act::q8_32 || width % kRoundBlock == 0,
+          "q8_32 needs a width that is a multiple of 32, not " + std::to_string(width));
+  RoundedRows r;
+  r.count = static_cast<int64_t>(x.shape(0));
+  if (act == Act::none) {
+    r.rows = {x.data(), 4 * width, act};
+    return r;
+  }
+  const int64_t stride = act_row_bytes(act, width);
+  r.data = allocate(r.count * stride);
+  for (int64_t i = 0; i < r.count; ++i)
+    kernels.round_row(act, x.data() + i * width, width, 0, width, r.data.get() + i * stride);
+  r.rows = {r.data.get(), stride, act};
+  return r;
+}
+
+const float* optional_row(const std::optional<FloatsIn>& a, int64_t size, const char* what) {
+  if (!a) return nullptr;
+  require(static_cast<int64_t>(a->size()) == size,
+          std::string(what) + " must have " + std::to_string(size) + " elements");
+  return a->data();
+}
+
+FloatsOut linear(const Packed& w, FloatsIn x, const std::string& act, std::optional<FloatsIn> bias,
+                 std::optional<FloatsIn> add, int threads, const std::optional<std::string>& path) {
+  const Kernels& kernels = path ? find(path) : *w.kernels;
+  const RoundedRows rows = round_rows(kernels, act_of(act), x, w.m.width);
+  const int64_t outputs = w.m.outputs;
+  std::unique_ptr<float[]> y(new float[static_cast<size_t>(rows.count * outputs + 1)]);
+  const Linear l = {w.m, rows.rows, y.get(), outputs, optional_row(bias, outputs, "bias"),
+                    optional_row(add, rows.count * outputs, "add"), outputs};
+  {
+    nb::gil_scoped_release unlocked;
+    parallel(threads, panels_of(outputs),
+             [&](int64_t p0, int64_t p1) { kernels.linear(l, 0, rows.count, p0, p1); });
+  }
+  return array_of<FloatsOut>(std::move(y), rows.count, outputs);
+}
+
+FloatsOut glu(const Packed& gate, const Packed& up, FloatsIn x, const std::string& act,
+              const std::string& kind, std::optional<FloatsIn> gate_bias,
+              std::optional<FloatsIn> up_bias, int threads, const std::optional<std::string>& path) {
+  const Kernels& kernels = path ? find(path) : *gate.kernels;
+  const int64_t outputs = gate.m.outputs;
+  require(up.m.outputs == outputs && up.m.width == gate.m.width, "gate and up differ in shape");
+  const RoundedRows rows = round_rows(kernels, act_of(act), x, gate.m.width);
+  std::unique_ptr<float[]> y(new float[static_cast<size_t>(rows.count * outputs + 1)]);
+  const Glu g = {gate.m, up.m, rows.rows, y.get(), outputs,
+                 optional_row(gate_bias, outputs, "gate_bias"),
+                 optional_row(up_bias, outputs, "up_bias"), glu_of(kind)};
+  {
+    nb::gil_scoped_release unlocked;
+    parallel(threads, panels_of(outputs),
+             [&](int64_t p0, int64_t p1) { kernels.glu(g, 0, rows.count, p0, p1); });
+  }
+  return array_of<FloatsOut>(std::move(y), rows.count, outputs);
+}
+
+BytesOut round_records(FloatsIn x, const std::string& act, const std::optional<std::string>& path) {
+  require(x.ndim() == 2, "activations must be (rows, width)");
+  const int64_t width = static_cast<int64_t>(x.shape(1)), bytes = act_row_bytes(act_of(act), width);
+  const RoundedRows rows = round_rows(find(path), act_of(act), x, width);
+  const size_t size = static_cast<size_t>(rows.count * bytes);
+  std::unique_ptr<uint8_t[]> out(new uint8_t[size + 1]);
+  std::memcpy(out.get(), rows.rows.data, size);
+  return array_of<BytesOut>(std::move(out), rows.count, bytes);
+}
+
+int64_t peak(const std::string& kind, int64_t rounds, const std::optional<std::string>& path) {
+  const Kernels& k = find(path);
+  nb::gil_scoped_release unlocked;
+  if (kind == "int8") return k.peak_int8(rounds);
+  if (kind == "bf16") return k.peak_bf16(rounds);
+  if (kind == "f32") return k.peak_f32(rounds);
+  nb::gil_scoped_acquire locked;
+  throw nb::value_error(("peak '" + kind + "'; valid: int8, bf16 or f32").c_str());
+}
+
+int64_t stream(Bytes data, int passes, const std::optional<std::string>& path) {
+  const Kernels& k = find(path);
+  nb::gil_scoped_release unlocked;
+  int64_t read = 0;
+  for (int pass = 0; pass < passes; ++pass) read += k.stream(data.data(), static_cast<int64_t>(data.nbytes()));
+  return read;
+}
+
+void bind_kernels(nb::module_& m) {
+  using namespace nb::literals;
+  nb::class_<Packed>(m, "Packed", "A matrix packed for the kernels.")
+      .def("unpack_rows", &Packed::unpack_rows, "ids"_a, "Rows `ids` as f32 (n, width).")
+      .def_prop_ro("nbytes", [](const Packed& p) { return panels_of(p.m.outputs) * p.m.panel_stride; })
+      .def_prop_ro("layout", [](const Packed& p) { return layout_name(p.m.layout); })
+      .def_prop_ro("shape", [](const Packed& p) { return nb::make_tuple(p.m.outputs, p.m.width); })
+      .def_ro("finite", &Packed::finite, "Whether every scale is finite (float formats: every value).");
+  m.def("simd_paths", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : available_kernels()) names.emplace_back(k->name);
+    return names;
+  }, "SIMD paths this build and processor offer, widest first.");
+  m.def("layout_name", [](int format) { return layout_name(layout_of(format)); }, "format"_a);
+  m.def("pack", &pack, "format"_a, "outputs"_a, "width"_a, "data"_a, "path"_a = nb::none(), "threads"_a = 1,
+        "Pack GGUF rows (outputs, width) of a format code.");
+  m.def("linear", &linear, "w"_a, "x"_a, "act"_a = "none", "bias"_a = nb::none(), "add"_a = nb::none(),
+        "threads"_a = 1, "path"_a = nb::none(), "x (rows, width) f32 -> (rows, outputs) f32.");
+  m.def("glu", &glu, "gate"_a, "up"_a, "x"_a, "act"_a = "none", "kind"_a = "silu", "gate_bias"_a = nb::none(),
+        "up_bias"_a = nb::none(), "threads"_a = 1, "path"_a = nb::none());
+  m.def("round_records", &round_records, "x"_a, "act"_a = "q8_32", "path"_a = nb::none(),
+        "Activation records as bytes (rows, record bytes): int8 codes, then scales and sums.");
+  m.def("peak", &peak, "kind"_a, "rounds"_a, "path"_a = nb::none(), "Operations done by one thread.");
+  m.def("stream", &stream, "data"_a, "passes"_a = 1, "path"_a = nb::none(), "Bytes read by one thread.");
+}
+
+}  // namespace
+}  // namespace lmclock
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native kernels of lmclock.";
+  lmclock::bind_kernels(m);
+}

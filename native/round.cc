@@ -1,0 +1,87 @@
+// Rounding of activations to q8_32 and bf16 records, and back to f32.
+
+#include "record.h"
+
+#include "tables.h"
+
+namespace lmclock::LMCLOCK_PATH {
+
+namespace {
+
+// The largest magnitude by integer comparison of the bits: a NaN counts as larger than infinity and so becomes
+// the scale, instead of vanishing in the rounding.
+LM_INLINE float largest(f32x16 a, f32x16 b) {
+  const i32x16 magnitude = splat_i(0x7fffffff);
+  i32x16 m = max_i(as_i32(a) & magnitude, as_i32(b) & magnitude);
+  int32_t v[16];
+  store_i(v, m);
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+  float r;
+  std::memcpy(&r, v, 4);
+  return r;
+}
+
+LM_INLINE int32_t sum_lanes(i32x16 a) {
+  int32_t v[16], sum = 0;
+  store_i(v, a);
+  for (int i = 0; i < 16; ++i) sum += v[i];
+  return sum;
+}
+
+// d = amax / 127, codes rint(x / d). A subnormal d has no finite reciprocal; its codes are 0.
+void round_q8_block(const float* x, int8_t* q, Meta* meta, int32_t* sums) {
+  f32x16 a = load(x), b = load(x + 16);
+  float d = largest(a, b) / 127.0f;
+  float inverse = d >= 0x1p-126f ? 1.0f / d : 0.0f;
+  i32x16 qa = round_i(a * splat(inverse)), qb = round_i(b * splat(inverse));
+  store_i8(q, qa);
+  store_i8(q + 16, qb);
+  int32_t sa = sum_lanes(qa), sb = sum_lanes(qb);
+  *meta = {d, d * static_cast<float>(sa + sb), -8 * (sa + sb), -128 * (sa + sb)};
+  sums[0] = -32 * sa;
+  sums[1] = -32 * sb;
+}
+
+void round_bf16(const float* x, int64_t width, int64_t k0, int64_t k1, uint16_t* out) {
+  int64_t k = k0;
+  for (; k + 16 <= k1; k += 16) store_u16(out + k, to_bf16(load(x + k)));
+  if (k < k1) {
+    uint16_t last[16];
+    store_u16(last, to_bf16(load_n(x + k, static_cast<int>(k1 - k))));
+    std::memcpy(out + k, last, 2 * static_cast<size_t>(k1 - k));
+  }
+  if (k1 == width && width % 2) out[width] = 0;
+}
+
+}  // namespace
+
+void round_row(Act act, const float* x, int64_t width, int64_t k0, int64_t k1, void* record) {
+  uint8_t* out = static_cast<uint8_t*>(record);
+  if (act == Act::none) std::memcpy(out + 4 * k0, x + k0, 4 * static_cast<size_t>(k1 - k0));
+  if (act == Act::bf16) round_bf16(x, width, k0, k1, reinterpret_cast<uint16_t*>(out));
+  if (act != Act::q8_32) return;
+  Meta* meta = reinterpret_cast<Meta*>(out + meta_offset(width));
+  int32_t* sums = reinterpret_cast<int32_t*>(out + sums_offset(width));
+  for (int64_t k = k0; k < k1; k += kRoundBlock)
+    round_q8_block(x + k, reinterpret_cast<int8_t*>(out + k), meta + k / 32, sums + k / 16);
+}
+
+void activations_f32(Act act, const uint8_t* x, int64_t width, int64_t k0, int64_t n, float* out) {
+  if (act == Act::none) {
+    std::memcpy(out, x + 4 * k0, 4 * static_cast<size_t>(n));
+  } else if (act == Act::bf16) {
+    for (int64_t i = 0; i < n; ++i) {
+      uint16_t h;
+      std::memcpy(&h, x + 2 * (k0 + i), 2);
+      uint32_t bits = static_cast<uint32_t>(h) << 16;
+      std::memcpy(out + i, &bits, 4);
+    }
+  } else {
+    const Meta* meta = meta_at(x + meta_offset(width));
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = meta[(k0 + i) / 32].d * static_cast<float>(static_cast<int8_t>(x[k0 + i]));
+  }
+}
+
+}  // namespace lmclock::LMCLOCK_PATH

@@ -1,0 +1,110 @@
+// simd.h on AVX-512 (F, BW, VL, DQ, VNNI, BF16). See simd.h for the rules.
+#pragma once
+
+// GCC 12 takes the undefined pass-through operand of its own intrinsics for a mistake of ours.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+namespace lmclock::LMCLOCK_PATH {
+
+struct f32x16 { __m512 v; };
+struct i32x16 { __m512i v; };
+struct mask16 { __mmask16 v; };
+
+LM_INLINE __mmask16 lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+LM_INLINE f32x16 splat(float x) { return {_mm512_set1_ps(x)}; }
+LM_INLINE f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+LM_INLINE f32x16 load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes(n), p)}; }
+LM_INLINE void store(float* p, f32x16 x) { _mm512_storeu_ps(p, x.v); }
+LM_INLINE void store_n(float* p, f32x16 x, int n) { _mm512_mask_storeu_ps(p, lanes(n), x.v); }
+LM_INLINE f32x16 load_f16(const void* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+LM_INLINE i32x16 load_u16(const void* p) {
+  return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+LM_INLINE void store_u16(void* p, i32x16 x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x.v));
+}
+
+LM_INLINE f32x16 operator+(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+LM_INLINE f32x16 operator-(f32x16 a, f32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+LM_INLINE f32x16 operator*(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+LM_INLINE f32x16 operator/(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+LM_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// a > b ? a : b and a < b ? a : b: the second operand where either is NaN.
+LM_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+LM_INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+LM_INLINE f32x16 sqrt(f32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
+LM_INLINE mask16 operator==(f32x16 a, f32x16 b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)};
+}
+LM_INLINE mask16 operator<(f32x16 a, f32x16 b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+LM_INLINE f32x16 select(mask16 m, f32x16 a, f32x16 b) {
+  return {_mm512_mask_blend_ps(m.v, b.v, a.v)};
+}
+LM_INLINE i32x16 select(mask16 m, i32x16 a, i32x16 b) {
+  return {_mm512_mask_blend_epi32(m.v, b.v, a.v)};
+}
+
+LM_INLINE i32x16 splat_i(int32_t x) { return {_mm512_set1_epi32(x)}; }
+LM_INLINE i32x16 load_i(const void* p) { return {_mm512_loadu_si512(p)}; }
+LM_INLINE void store_i(void* p, i32x16 x) { _mm512_storeu_si512(p, x.v); }
+LM_INLINE i32x16 operator+(i32x16 a, i32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+LM_INLINE i32x16 operator-(i32x16 a, i32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+LM_INLINE i32x16 operator&(i32x16 a, i32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+LM_INLINE i32x16 operator|(i32x16 a, i32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
+LM_INLINE i32x16 operator^(i32x16 a, i32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+template <int N> LM_INLINE i32x16 shl(i32x16 a) { return {_mm512_slli_epi32(a.v, N)}; }
+template <int N> LM_INLINE i32x16 shr(i32x16 a) { return {_mm512_srli_epi32(a.v, N)}; }
+template <int N> LM_INLINE i32x16 sra(i32x16 a) { return {_mm512_srai_epi32(a.v, N)}; }
+LM_INLINE i32x16 max_i(i32x16 a, i32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+LM_INLINE i32x16 add_bytes(i32x16 a, i32x16 b) { return {_mm512_add_epi8(a.v, b.v)}; }
+
+LM_INLINE f32x16 to_f32(i32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+LM_INLINE i32x16 round_i(f32x16 a) {  // nearest, ties to even
+  return {_mm512_cvt_roundps_epi32(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+LM_INLINE i32x16 as_i32(f32x16 a) { return {_mm512_castps_si512(a.v)}; }
+LM_INLINE f32x16 as_f32(i32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+
+// Lanes as signed bytes; the values must lie in -128..127.
+LM_INLINE void store_i8(void* p, i32x16 x) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
+}
+
+// a = 4 unsigned bytes a lane, x = 4 signed bytes for all lanes: acc + their dot product. GCC does not fold the
+// broadcast into the instruction by itself, which would cost a load uop and a register each time.
+LM_INLINE i32x16 dot_u8(i32x16 acc, i32x16 a, const int8_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(acc.v) : "v"(a.v), "m"(*reinterpret_cast<const int32_t*>(x)));
+  return acc;
+}
+
+template <int I, int N>
+LM_INLINE i32x16 dot_from(i32x16 acc, const i32x16 (&g)[N], const int8_t* x) {
+  if constexpr (I < N) return dot_from<I + 1>(dot_u8(acc, g[I], x + 4 * I), g, x);
+  return acc;
+}
+
+// init + sum over N code vectors g of (unsigned codes of at most Bits bits) . x[4 N]. 8-bit codes are stored ^0x80 and
+// init must be -128 sum(x): the result is the dot product of the signed codes, and other paths need no init.
+template <int Bits, int N>
+LM_INLINE i32x16 dot(i32x16 init, const i32x16 (&g)[N], const int8_t* x) {
+  return dot_from<0>(init, g, x);
+}
+
+// acc + x[0] a[0] + x[1] a[1] for pairs of bf16; x one pair for all lanes.
+LM_INLINE f32x16 dot_bf16(f32x16 acc, i32x16 a, const void* x) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0"
+      : "+v"(acc.v) : "v"(a.v), "m"(*static_cast<const int32_t*>(x)));
+  return acc;
+}
+
+}  // namespace lmclock::LMCLOCK_PATH

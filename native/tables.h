@@ -1,0 +1,46 @@
+// What the sources of one SIMD path offer each other: the functions behind `Kernels` and the tile kernels.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace lmclock::LMCLOCK_PATH {
+
+bool pack(int format, const uint8_t* rows, int64_t outputs, int64_t width, uint8_t* dst,
+          int64_t panel_stride, int64_t p0, int64_t p1);
+void unpack_rows(const Matrix& w, const int32_t* ids, int64_t count, float* out, int64_t stride);
+void round_row(Act act, const float* x, int64_t width, int64_t k0, int64_t k1, void* record);
+void linear(const Linear& l, int64_t r0, int64_t r1, int64_t p0, int64_t p1);
+void glu(const Glu& g, int64_t r0, int64_t r1, int64_t p0, int64_t p1);
+int64_t peak_int8(int64_t rounds);
+int64_t peak_bf16(int64_t rounds);
+int64_t peak_f32(int64_t rounds);
+int64_t stream(const uint8_t* data, int64_t bytes);
+
+// The operands of a tile: `rows` activation rows (records, or f32 rows) against one panel.
+struct TileArgs {
+  const uint8_t* panel;
+  const uint8_t* x;      // first row
+  int64_t x_stride;      // bytes
+  int64_t width;
+  float* out;            // [rows][16]
+};
+
+// Computes all of k for a fixed number of rows. The order of accumulation over k is part of the layout: it does not
+// depend on the number of rows.
+using Tile = void (*)(const TileArgs&);
+
+constexpr int kTileRows[] = {16, 8, 4, 2, 1};
+struct Tiles {
+  Tile by_rows[5];  // as kTileRows; null when the combination goes through f32 instead
+};
+
+const Tiles& block32_tiles(Layout layout);   // q8_32 with layouts of 32-blocks
+const Tiles& kquant_tiles(Layout layout);    // q8_32 with 256-blocks and generic16
+const Tiles& float_tiles(Layout layout);     // f32 activations with f32, f16, bf16
+const Tiles& bf16_tiles();                   // bf16 with bf16
+
+// Any layout with any activations, up to 16 rows, through f32: out as TileArgs.
+void tile_f32(Layout layout, Act act, const TileArgs& args, int rows);
+
+}  // namespace lmclock::LMCLOCK_PATH
