@@ -24,7 +24,7 @@ FILE_LINES, FUNCTION_LINES, COLUMNS = 400, 60, 100
 RANKS = {
     **dict.fromkeys(("errors", "settings", "formats", "packing"), 0),
     **dict.fromkeys(("isa", "shapes", "batch"), 1),
-    **dict.fromkeys(("program", "config"), 2),
+    **dict.fromkeys(("program", "config", "fields"), 2),
     **dict.fromkeys(("listing", "flowchart", "verify", "cost", "files", "text"), 3),
     "assemble": 4,
     **dict.fromkeys(("passes", "cache", "_native"), 5),
