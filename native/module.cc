@@ -3,36 +3,12 @@
 // Arrays are C-contiguous NumPy arrays; sizes are checked here, since kernels check nothing. Every call releases the
 // GIL. `threads` splits the panels (1, 2, ... plain threads started for the call).
 
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
-#include <cstdlib>
-#include <memory>
-#include <new>
-#include <optional>
-#include <string>
+#include <cstring>
 #include <thread>
 
-#include "kernels.h"
-
-namespace nb = nanobind;
+#include "binding.h"
 
 namespace lmclock {
-namespace {
-
-using Bytes = nb::ndarray<const uint8_t, nb::c_contig, nb::device::cpu>;
-using FloatsIn = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
-using IdsIn = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using FloatsOut = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
-using BytesOut = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
-
-struct Free {
-  void operator()(uint8_t* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<uint8_t, Free>;
 
 Buffer allocate(int64_t bytes) {
   const size_t size = static_cast<size_t>((bytes + kAlign) / kAlign * kAlign);
@@ -45,13 +21,21 @@ void require(bool ok, const std::string& message) {
   if (!ok) throw nb::value_error(message.c_str());
 }
 
-const Kernels& find(const std::optional<std::string>& path) {
+const Kernels& find_path(const std::optional<std::string>& path) {
   const Kernels* kernels = select_kernels(path ? path->c_str() : nullptr);
   if (kernels) return *kernels;
   std::string names;
-  for (const Kernels* k : available_kernels()) names += names.empty() ? k->name : std::string(", ") + k->name;
-  throw nb::value_error(("SIMD path '" + *path + "' is not available here; valid: " + names).c_str());
+  for (const Kernels* k : available_kernels())
+    names += names.empty() ? k->name : std::string(", ") + k->name;
+  throw nb::value_error(
+      ("SIMD path '" + *path + "' is not available here; valid: " + names).c_str());
 }
+
+namespace {
+
+using IdsIn = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatsOut = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+using BytesOut = nb::ndarray<nb::numpy, uint8_t, nb::ndim<2>>;
 
 // f(begin, end) over [0, n) in `threads` equal parts.
 template <class F>
@@ -70,22 +54,16 @@ Array array_of(std::unique_ptr<T[]> data, int64_t rows, int64_t width) {
   return Array(p, {static_cast<size_t>(rows), static_cast<size_t>(width)}, owner);
 }
 
-struct Packed {
-  Matrix m;
-  Buffer data;
-  bool finite = true;
-  const Kernels* kernels = nullptr;
-
-  FloatsOut unpack_rows(IdsIn ids) const {
-    for (size_t i = 0; i < ids.size(); ++i)
-      require(ids.data()[i] >= 0 && ids.data()[i] < m.outputs,
-              "row " + std::to_string(ids.data()[i]) + " is outside 0.." + std::to_string(m.outputs - 1));
-    const int64_t count = static_cast<int64_t>(ids.size());
-    std::unique_ptr<float[]> out(new float[static_cast<size_t>(count * m.width + 1)]);
-    kernels->unpack_rows(m, ids.data(), count, out.get(), m.width);
-    return array_of<FloatsOut>(std::move(out), count, m.width);
-  }
-};
+FloatsOut unpack_rows(const Packed& w, IdsIn ids) {
+  for (size_t i = 0; i < ids.size(); ++i)
+    require(ids.data()[i] >= 0 && ids.data()[i] < w.m.outputs,
+            "row " + std::to_string(ids.data()[i]) + " is outside 0.." +
+                std::to_string(w.m.outputs - 1));
+  const int64_t count = static_cast<int64_t>(ids.size());
+  std::unique_ptr<float[]> out(new float[static_cast<size_t>(count * w.m.width + 1)]);
+  w.kernels->unpack_rows(w.m, ids.data(), count, out.get(), w.m.width);
+  return array_of<FloatsOut>(std::move(out), count, w.m.width);
+}
 
 Packed pack(int format, int64_t outputs, int64_t width, Bytes data,
                              const std::optional<std::string>& path, int threads) {
@@ -93,7 +71,7 @@ Packed pack(int format, int64_t outputs, int64_t width, Bytes data,
       {0, 1, 4}, {1, 1, 2}, {2, 32, 18}, {3, 32, 20}, {6, 32, 22}, {7, 32, 24}, {8, 32, 34},
       {10, 256, 84}, {11, 256, 110}, {12, 256, 144}, {13, 256, 176}, {14, 256, 210}, {30, 1, 2}};
   Packed packed;
-  packed.kernels = &find(path);
+  packed.kernels = &find_path(path);
   const Layout layout = layout_of(format);
   require(layout != Layout::none, "format " + std::to_string(format) + " has no packed layout");
   for (auto source : kSources)
@@ -136,31 +114,29 @@ GluKind glu_of(const std::string& name) {
   throw nb::value_error(("glu kind '" + name + "'; valid: silu, gelu_tanh, gelu or relu").c_str());
 }
 
-// Activation records of x, or x itself.
-struct RoundedRows {
-  Rows rows;
-  Buffer data;
-  int64_t count = 0;
-};
+}  // namespace
 
-RoundedRows round_rows(const Kernels& kernels, Act act, FloatsIn x, int64_t width) {
+RoundedRows round_rows(const Kernels& kernels, const std::string& act, FloatsIn x, int64_t width) {
+  const Act kind = act_of(act);
   require(x.ndim() == 2 && static_cast<int64_t>(x.shape(1)) == width,
           "activations must be (rows, " + std::to_string(width) + ")");
-  require(act != Act::q8_32 || width % kRoundBlock == 0,
+  require(kind != Act::q8_32 || width % kRoundBlock == 0,
           "q8_32 needs a width that is a multiple of 32, not " + std::to_string(width));
   RoundedRows r;
   r.count = static_cast<int64_t>(x.shape(0));
-  if (act == Act::none) {
-    r.rows = {x.data(), 4 * width, act};
+  if (kind == Act::none) {
+    r.rows = {x.data(), 4 * width, kind};
     return r;
   }
-  const int64_t stride = act_row_bytes(act, width);
+  const int64_t stride = act_row_bytes(kind, width);
   r.data = allocate(r.count * stride);
   for (int64_t i = 0; i < r.count; ++i)
-    kernels.round_row(act, x.data() + i * width, width, 0, width, r.data.get() + i * stride);
-  r.rows = {r.data.get(), stride, act};
+    kernels.round_row(kind, x.data() + i * width, width, 0, width, r.data.get() + i * stride);
+  r.rows = {r.data.get(), stride, kind};
   return r;
 }
+
+namespace {
 
 const float* optional_row(const std::optional<FloatsIn>& a, int64_t size, const char* what) {
   if (!a) return nullptr;
@@ -171,8 +147,8 @@ const float* optional_row(const std::optional<FloatsIn>& a, int64_t size, const 
 
 FloatsOut linear(const Packed& w, FloatsIn x, const std::string& act, std::optional<FloatsIn> bias,
                  std::optional<FloatsIn> add, int threads, const std::optional<std::string>& path) {
-  const Kernels& kernels = path ? find(path) : *w.kernels;
-  const RoundedRows rows = round_rows(kernels, act_of(act), x, w.m.width);
+  const Kernels& kernels = path ? find_path(path) : *w.kernels;
+  const RoundedRows rows = round_rows(kernels, act, x, w.m.width);
   const int64_t outputs = w.m.outputs;
   std::unique_ptr<float[]> y(new float[static_cast<size_t>(rows.count * outputs + 1)]);
   const Linear l = {w.m, rows.rows, y.get(), outputs, optional_row(bias, outputs, "bias"),
@@ -188,10 +164,10 @@ FloatsOut linear(const Packed& w, FloatsIn x, const std::string& act, std::optio
 FloatsOut glu(const Packed& gate, const Packed& up, FloatsIn x, const std::string& act,
               const std::string& kind, std::optional<FloatsIn> gate_bias,
               std::optional<FloatsIn> up_bias, int threads, const std::optional<std::string>& path) {
-  const Kernels& kernels = path ? find(path) : *gate.kernels;
+  const Kernels& kernels = path ? find_path(path) : *gate.kernels;
   const int64_t outputs = gate.m.outputs;
   require(up.m.outputs == outputs && up.m.width == gate.m.width, "gate and up differ in shape");
-  const RoundedRows rows = round_rows(kernels, act_of(act), x, gate.m.width);
+  const RoundedRows rows = round_rows(kernels, act, x, gate.m.width);
   std::unique_ptr<float[]> y(new float[static_cast<size_t>(rows.count * outputs + 1)]);
   const Glu g = {gate.m, up.m, rows.rows, y.get(), outputs,
                  optional_row(gate_bias, outputs, "gate_bias"),
@@ -207,7 +183,7 @@ FloatsOut glu(const Packed& gate, const Packed& up, FloatsIn x, const std::strin
 BytesOut round_records(FloatsIn x, const std::string& act, const std::optional<std::string>& path) {
   require(x.ndim() == 2, "activations must be (rows, width)");
   const int64_t width = static_cast<int64_t>(x.shape(1)), bytes = act_row_bytes(act_of(act), width);
-  const RoundedRows rows = round_rows(find(path), act_of(act), x, width);
+  const RoundedRows rows = round_rows(find_path(path), act, x, width);
   const size_t size = static_cast<size_t>(rows.count * bytes);
   std::unique_ptr<uint8_t[]> out(new uint8_t[size + 1]);
   std::memcpy(out.get(), rows.rows.data, size);
@@ -215,7 +191,7 @@ BytesOut round_records(FloatsIn x, const std::string& act, const std::optional<s
 }
 
 int64_t peak(const std::string& kind, int64_t rounds, const std::optional<std::string>& path) {
-  const Kernels& k = find(path);
+  const Kernels& k = find_path(path);
   nb::gil_scoped_release unlocked;
   if (kind == "int8") return k.peak_int8(rounds);
   if (kind == "bf16") return k.peak_bf16(rounds);
@@ -225,17 +201,20 @@ int64_t peak(const std::string& kind, int64_t rounds, const std::optional<std::s
 }
 
 int64_t stream(Bytes data, int passes, const std::optional<std::string>& path) {
-  const Kernels& k = find(path);
+  const Kernels& k = find_path(path);
   nb::gil_scoped_release unlocked;
   int64_t read = 0;
-  for (int pass = 0; pass < passes; ++pass) read += k.stream(data.data(), static_cast<int64_t>(data.nbytes()));
+  for (int pass = 0; pass < passes; ++pass)
+    read += k.stream(data.data(), static_cast<int64_t>(data.nbytes()));
   return read;
 }
+
+}  // namespace
 
 void bind_kernels(nb::module_& m) {
   using namespace nb::literals;
   nb::class_<Packed>(m, "Packed", "A matrix packed for the kernels.")
-      .def("unpack_rows", &Packed::unpack_rows, "ids"_a, "Rows `ids` as f32 (n, width).")
+      .def("unpack_rows", &unpack_rows, "ids"_a, "Rows `ids` as f32 (n, width).")
       .def_prop_ro("nbytes", [](const Packed& p) { return panels_of(p.m.outputs) * p.m.panel_stride; })
       .def_prop_ro("layout", [](const Packed& p) { return layout_name(p.m.layout); })
       .def_prop_ro("shape", [](const Packed& p) { return nb::make_tuple(p.m.outputs, p.m.width); })
@@ -254,14 +233,16 @@ void bind_kernels(nb::module_& m) {
         "up_bias"_a = nb::none(), "threads"_a = 1, "path"_a = nb::none());
   m.def("round_records", &round_records, "x"_a, "act"_a = "q8_32", "path"_a = nb::none(),
         "Activation records as bytes (rows, record bytes): int8 codes, then scales and sums.");
-  m.def("peak", &peak, "kind"_a, "rounds"_a, "path"_a = nb::none(), "Operations done by one thread.");
-  m.def("stream", &stream, "data"_a, "passes"_a = 1, "path"_a = nb::none(), "Bytes read by one thread.");
+  m.def("peak", &peak, "kind"_a, "rounds"_a, "path"_a = nb::none(),
+        "Operations done by one thread; kind int8, bf16 or f32.");
+  m.def("stream", &stream, "data"_a, "passes"_a = 1, "path"_a = nb::none(),
+        "Bytes read by one thread, `passes` times over data.");
 }
 
-}  // namespace
 }  // namespace lmclock
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of lmclock.";
   lmclock::bind_kernels(m);
+  lmclock::bind_timing(m);
 }
