@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmclock.batch import Batch, Rows
+from lmclock.batch import Batch
 from lmclock.errors import LmclockError
 from lmclock.listing import parse, render
 from lmclock.machines import Capacity, create
-from lmclock.passes import optimise
 from lmclock.program import Program
 from lmclock.verify import verify
-from tests.helpers import PAGE_SIZE, Runner, random_program, random_weights, stored
+from tests.helpers import PAGE_SIZE, Runner, random_weights, stored
+from tests.random_programs import random_program
 from tests.tiny import llama
 
 TRANSLATOR = """
@@ -384,26 +384,3 @@ def test_gradients_of_a_small_net_are_the_hand_computed_ones() -> None:
 def test_hand_written_programs_survive_the_listing(text: str) -> None:
     program = verify(parse(text))
     assert parse(render(program)) == program
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_both_namespaces_and_both_levels_agree(seed: int) -> None:
-    pytest.importorskip("torch")
-    program = random_program(np.random.default_rng(100 + seed), length=16)
-    weights = random_weights(program, seed)
-    runners = [
-        Runner(optimise(program, level), weights, namespace=namespace)
-        for namespace in ("numpy", "torch")
-        for level in (0, 1)
-    ]
-    for work in ({"a": [1, 2, 3, 4, 5, 6], "b": [7, 8]}, {"b": [9], "c": [10, 11], "a": [12]}):
-        first, *others = [np.concatenate(list(r.cycle(work).values())) for r in runners]
-        assert np.isfinite(first).all()
-        for other in others:
-            np.testing.assert_allclose(other, first, rtol=1e-5, atol=1e-5)
-
-
-def test_rows_of_a_space_know_their_owner() -> None:
-    rows = Rows.of([(4, 2), (0, 0), (7, 1)])
-    assert list(rows.owners) == [0, 0, 2]
-    assert list(rows.positions) == [4, 5, 7]
