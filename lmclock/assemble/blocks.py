@@ -1,0 +1,198 @@
+"""What model families share: `Builder`, which grows a program, and the blocks most of them are made
+of. A family file says in which order, and with which sizes and options.
+
+    b = Builder(config, stored)
+    x = b.embed("x.0", "token_embd", vocab, width)
+    x = b.residual("x'.0", x, attention(b, x, self_attention, Place(0)))
+
+Weights have GGUF's names without their endings. Values: x the residual stream, h normalised, q k v,
+a attended, o projected, g and u gate and up, d down; a quote marks the second of a kind in a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lmclock.assemble.rope import frequencies
+from lmclock.assemble.weights import Stored, View
+from lmclock.config import Rope
+from lmclock.errors import FileError
+from lmclock.fields import shortest
+from lmclock.formats import Array
+from lmclock.isa import Instruction, make
+from lmclock.program import Weight
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block stands: its layer, and what precedes the names of its weights and values."""
+
+    layer: int
+    weights: str = "blk"
+    values: str = ""
+
+    def weight(self, name: str) -> str:
+        return f"{self.weights}.{self.layer}.{name}"
+
+    def value(self, name: str, later: int = 0) -> str:
+        return f"{self.values}{name}.{self.layer + later}"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Which normalisation a model uses throughout."""
+
+    eps: float
+    kind: str = "rms"
+
+    @property
+    def bias(self) -> bool:
+        return self.kind == "layer"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The attributes of `rope` that queries and keys share."""
+
+    dims: int
+    base: float
+    pairs: str
+    freqs: str | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention block. Without `state` it attends to its own rows' keys and values only."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    key: int
+    value: int
+    state: str | None = None
+    norm: Norm | None = None  # of each head of q and k
+    rotation: Rotation | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mask: str = "causal"
+    window: int = 0
+    qk_scale: float = 0.0
+    softcap: float = 0.0
+
+
+class Builder:
+    """Grows the instructions of one section, and declares each weight when it is first used."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.stored = stored
+        self.instructions: list[Instruction] = []
+        self.declared: dict[str, Weight] = {}
+        self.views: dict[str, View] = {}
+
+    def add(self, op: str, out: str, ins: Any = (), weights: Any = (), **attrs: Any) -> str:
+        """Append an instruction with one result, or none where `out` is empty; returns `out`."""
+        self.instructions.append(make(op, out or (), ins, weights, **attrs))
+        return out
+
+    def weight(self, name: str, rows: int, width: int) -> str:
+        if name not in self.declared:
+            view = self.stored.get(name, (rows, width))
+            self.declared[name] = Weight(name, (rows, width), view.format.name)
+            self.views[name] = view
+        return name
+
+    def constant(self, name: str, row: Array) -> str:
+        """A weight of one row that is part of the program, not of the file."""
+        values = tuple(shortest(float(v)) for v in row)
+        self.declared[name] = Weight(name, (1, len(row)), values=values)
+        return name
+
+    def embed(self, out: str, name: str, vocab: int, width: int, ids: str = "ids") -> str:
+        return self.add("embed", out, ids, self.weight(name, vocab, width))
+
+    def linear(self, out: str, x: str, name: str, rows: int, width: int, bias: bool = False) -> str:
+        """out = x w^T (+ bias): from `width` to `rows` elements."""
+        w = self.weight(name, rows, width)
+        extra = self.weight(f"{name}.bias", 1, rows) if bias else None
+        return self.add("linear", out, x, w, bias=extra)
+
+    def norm(self, out: str, x: str, name: str, width: int, kind: Norm, groups: int = 1) -> str:
+        """Each of `groups` parts of the row, `width` elements wide, is normalised on its own."""
+        w = self.weight(name, 1, width)
+        bias = self.weight(f"{name}.bias", 1, width) if kind.bias else None
+        return self.add("norm", out, x, w, kind=kind.kind, eps=kind.eps, bias=bias, groups=groups)
+
+    def residual(self, out: str, x: str, y: str) -> str:
+        return self.add("binary", out, (x, y), kind="add")
+
+    def rotation(self, rope: Rope, head: int, factors: str = "rope_freqs") -> Rotation:
+        """Declares the frequencies where `base` alone does not say them; `factors` names the
+        tensor that divides them, if the file has it.
+        """
+        divide = None
+        if self.stored.has(factors):
+            divide = self.stored.get(factors, (1, rope.dims // 2)).unpack()
+            if not (divide > 0).all():
+                raise FileError(f"tensor {factors} holds a factor that is not above 0")
+        row = frequencies(rope, divide)
+        freqs = None if row is None else self.constant("rope_freqs", row)
+        dims = 0 if rope.dims == head else rope.dims
+        return Rotation(dims, rope.base, rope.pairs, freqs, rope.gain)
+
+    def rotate(self, out: str, x: str, heads: int, r: Rotation) -> str:
+        base = None if r.freqs else r.base
+        return self.add("rope", out, x, heads=heads, dims=r.dims, pairs=r.pairs, base=base,
+                        freqs=r.freqs, scale=r.scale)  # fmt: skip
+
+
+def attention(b: Builder, h: str, a: Attention, at: Place) -> str:
+    """q, k and v of h, rotated and cached where the block says so, attended and projected back."""
+    q, k, v = (
+        b.linear(at.value(n), h, at.weight(f"attn_{n}"), rows, a.width, a.qkv_bias)
+        for n, rows in (("q", a.heads * a.key), ("k", a.kv_heads * a.key),
+                        ("v", a.kv_heads * a.value))
+    )  # fmt: skip
+    if a.norm:
+        q = b.norm(at.value("qn"), q, at.weight("attn_q_norm"), a.key, a.norm, a.heads)
+        k = b.norm(at.value("kn"), k, at.weight("attn_k_norm"), a.key, a.norm, a.kv_heads)
+    if a.rotation:
+        q = b.rotate(at.value("q'"), q, a.heads, a.rotation)
+        k = b.rotate(at.value("k'"), k, a.kv_heads, a.rotation)
+    if a.state:
+        b.add("store", "", (k, v), state=a.state)
+    y = b.add(
+        "attend", at.value("a"), q if a.state else (q, k, v), state=a.state, heads=a.heads,
+        kv_heads=a.kv_heads if a.kv_heads != a.heads else 0, mask=a.mask, window=a.window,
+        qk_scale=a.qk_scale, softcap=a.softcap,
+    )  # fmt: skip
+    return b.linear(
+        at.value("o"), y, at.weight("attn_output"), a.width, a.heads * a.value, a.output_bias
+    )
+
+
+def gated_feed_forward(
+    b: Builder, h: str, width: int, hidden: int, act: str, at: Place, bias: bool = False
+) -> str:
+    """down(act(gate h) * (up h))."""
+    g = b.linear(at.value("g"), h, at.weight("ffn_gate"), hidden, width, bias)
+    u = b.linear(at.value("u"), h, at.weight("ffn_up"), hidden, width, bias)
+    s = b.add("act", at.value("s"), g, kind=act)
+    f = b.add("binary", at.value("f"), (s, u), kind="mul")
+    return b.linear(at.value("d"), f, at.weight("ffn_down"), width, hidden, bias)
+
+
+def logits(b: Builder, x: str, width: int, vocab: int, norm: Norm, output: str = "output") -> None:
+    """Of the picked rows only: the last norm, the output matrix, and a token for each."""
+    last = b.add("pick", "last", x)
+    z = b.norm("z", last, "output_norm", width, norm)
+    b.add("sample", "next", b.linear("logits", z, output, vocab, width))
+
+
+def each_layer(block: Attention, windows: Sequence[int], state: str) -> list[Attention]:
+    """The block with every layer's own window and its part of `state`."""
+    return [
+        replace(block, window=window, state=f"{state}[{i}]") for i, window in enumerate(windows)
+    ]
