@@ -41,9 +41,10 @@ MACHINES = {
 class Tensor(Protocol):
     """A stored weight: shape (rows, width), C order, its number format and raw bytes."""
 
-    name: str
-    shape: tuple[int, ...]
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
     @property
     def format(self) -> Format: ...
     @property
