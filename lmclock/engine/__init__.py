@@ -26,7 +26,7 @@ from lmclock.engine.decode import Decoder
 from lmclock.engine.facts import read_facts
 from lmclock.engine.fetch import Plan, Scheduler
 from lmclock.engine.request import Event, Request, Running, Sink, last_length
-from lmclock.engine.sampling import Sampling
+from lmclock.engine.sampling import Sampling, Tally
 from lmclock.engine.write_back import write_back
 from lmclock.errors import OptionError
 from lmclock.machines import Capacity, Machine
@@ -90,19 +90,17 @@ class Engine:
         self, number: int, sampling: Sampling | None = None, sink: Sink | None = None
     ) -> int | None:
         """A second sequence that goes on from where `number` stands, sharing its cache; None when
-        it is over. Without another seed it draws the same tokens.
+        it is over. Without another seed it draws the same tokens; it has no receivers.
         """
         parent = self.live.get(number)
         if parent is None:
             return None
-        request = replace(
-            parent.request, sampling=sampling or parent.request.sampling, sink=sink, want={}
-        )
+        sampling = sampling or parent.request.sampling
+        request = replace(parent.request, sampling=sampling, sink=sink, want={}, pick_all=False)
         child = self._enter(request, parent.last)
         child.tokens = list(parent.tokens)
-        child.delivered = parent.delivered
         if child.tally:
-            child.tally = type(child.tally)(request.sampling, child.tokens)
+            child.tally = Tally(sampling, child.tokens)
         self.scheduler.fork(parent, child)
         return child.id
 

@@ -78,7 +78,6 @@ class Scheduler:
     def fetch(self) -> Plan:
         """The rows of the next cycle; none when nothing is left to run."""
         plan = Plan()
-        preemptions = self.preemptions
         due = [self._due(sequence) for sequence in self.running]
         singles = due.count(1)
         left = _Left(self.capacity.rows - singles, self.capacity.rows, self.capacity.picks)
@@ -90,8 +89,7 @@ class Scheduler:
             if (count == 1 or left.rows) and self._make_room(sequence, count):
                 self._grant(plan, left, sequence, count)
             at += 1
-        # Whoever was preempted would only take back the room it was preempted for.
-        while self.waiting and left.rows and self._may_run() and preemptions == self.preemptions:
+        while self.waiting and left.rows and self._may_run():
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break

@@ -1,0 +1,479 @@
+"""The engine's four stages, on a machine whose tokens are hashes of what each row sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hash_machine import KINDS, HashMachine, expected, logits_of, program
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from lmclock.cycle import Cycle
+from lmclock.engine import Engine, Event, Request, Sampling, capacity_for
+from lmclock.engine.fetch import Plan
+from lmclock.errors import ContextError, LmclockError, OptionError
+from lmclock.machines import Capacity
+
+
+def engine(
+    kind: str = "paged", *, page_size: int = 4, tokens: int = 256, rows: int = 0, **options: Any
+) -> Engine:
+    """An engine for four sequences on a fresh machine."""
+    made, machine = program(kind), HashMachine()
+    capacity = capacity_for(
+        made, sequences=4, tokens=tokens, chunk=16, page_size=page_size, source=12
+    )
+    if rows:
+        capacity = Capacity(rows, 64, 4, page_size, capacity.pages)
+    machine.load(made, {}, capacity)
+    return Engine(machine, made, capacity=capacity, **options)
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([length, seed]).integers(0, 13, length).tolist()
+
+
+def request(kind: str, prompt: list[int], new: int, **options: Any) -> Request:
+    source = ids(5, len(prompt)) if kind == "encoder" else ()
+    return Request(prompt, new, source=source, **options)
+
+
+def results(of: Engine) -> dict[int, tuple[list[int], str]]:
+    """Tokens and finish of every sequence, run until nothing is left."""
+    found: dict[int, tuple[list[int], str]] = {}
+    for event in of.run():
+        tokens, finish = found.get(event.sequence, ([], ""))
+        assert not finish, "news of a sequence that has ended"
+        found[event.sequence] = (tokens + list(event.tokens), event.finish or "")
+        of.cache.check()
+    assert not of.cache.open_sequences and not of.live
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_gives_what_each_sequence_gives_alone(kind: str) -> None:
+    of = engine(kind)
+    requests = [request(kind, ids(n), 12) for n in (1, 3, 16, 17, 40, 2, 33, 5)]
+    numbers = [of.add(r) for r in requests]
+    assert results(of) == {n: expected(r) for n, r in zip(numbers, requests, strict=True)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("invariant", (False, True))
+def test_preempted_sequences_end_with_the_same_tokens(kind: str, invariant: bool) -> None:
+    of = engine(kind, tokens=40, invariant=invariant)
+    requests = [request(kind, ids(n), 20) for n in (9, 11, 10, 12)]
+    numbers = [of.add(r) for r in requests]
+    assert results(of) == {n: expected(r) for n, r in zip(numbers, requests, strict=True)}
+    assert (of.scheduler.preemptions > 0) == (kind != "fixed")
+
+
+def test_prompts_mix_with_decode_rows_and_are_cut_in_the_same_places() -> None:
+    """Where a sequence stands after each of its cycles does not depend on its neighbours."""
+
+    def steps(arrivals: dict[int, int]) -> tuple[dict[int, list[int]], set[str]]:
+        of = engine()
+        found: dict[int, list[int]] = {}
+        kinds = set()
+        for time in range(60):
+            if time in arrivals:
+                of.add(Request(ids(arrivals[time]), 9))
+            cycle = of.step()
+            kinds |= {cycle.kind} if cycle else set()
+            for s in of.live.values():
+                lengths = found.setdefault(s.prompt_length, [])
+                if s.held and s.held.length not in [0, *lengths]:
+                    lengths.append(s.held.length)
+        return found, kinds
+
+    crowd, kinds = steps({0: 4, 5: 20, 6: 40, 7: 35, 8: 33, 9: 5})
+    assert kinds == {"prefill", "mixed", "decode"}
+    assert crowd[40] == [16, 32, *range(40, 48)]
+    for n in (20, 40, 35, 33):
+        assert crowd[n] == steps({0: n})[0][n]
+
+
+def test_a_cycle_records_rows_stamps_and_tokens() -> None:
+    cycles: list[Cycle] = []
+    of = engine(on_cycle=cycles.append)
+    of.add(Request(ids(20), 3))
+    of.add(Request(ids(4), 2))
+    list(of.run())
+    assert [c.number for c in cycles] == list(range(len(cycles)))
+    assert sum(c.prompt_rows for c in cycles) == 24
+    assert sum(c.retired for c in cycles) == 5
+    assert sum(c.decode_rows for c in cycles) == 3 and not any(c.discarded_rows for c in cycles)
+    stamps = [tick for c in cycles for tick in c.stamps]
+    assert stamps == sorted(set(stamps))
+    for c in cycles:
+        assert all(c.stamps[2] < r.ticks.begin < r.ticks.end < c.stamps[3] for r in c.runs)
+
+
+def test_records_of_past_cycles_do_not_change() -> None:
+    cycles: list[Cycle] = []
+    of = engine(on_cycle=cycles.append)
+    of.add(Request(ids(6), 12, Sampling(temperature=1, repetition=1.1)))
+    of.step()
+    first = of.step()
+    assert first is not None
+    batch = first.batch
+    copies = [batch.rows["tok"].positions, batch.inputs["ids"], batch.sampling, batch.adjust,
+              batch.pages["kv"][0], batch.pick, batch.slots]  # fmt: skip
+    before = [array.copy() for array in copies]
+    list(of.run())
+    assert all(np.array_equal(a, b) for a, b in zip(copies, before, strict=True))
+
+
+def test_finish_reasons_and_what_is_handed_out() -> None:
+    base = Request(ids(6), 10)
+    tokens, _ = expected(base)
+    of = engine(eos=frozenset({tokens[4]}))
+    where = tokens.index(tokens[4])
+    taken: list[int] = []
+
+    def two(token: int) -> bool:
+        taken.append(token)
+        return len(taken) < 2
+
+    cases = {
+        of.add(base): (tokens[:where], "stop"),
+        of.add(Request(ids(6), 10, ignore_eos=True)): (tokens, "length"),
+        of.add(Request(ids(6), 10, ignore_eos=True, stop_ids=frozenset({tokens[0]}))): ([], "stop"),
+        of.add(Request(ids(6), 10, ignore_eos=True, sink=two)): (tokens[:2], "stop"),
+        of.add(Request(ids(6), 0)): ([], "length"),
+    }
+    assert results(of) == cases
+    assert taken == tokens[:2]
+
+
+def test_logits_that_cannot_be_sampled_end_their_sequence_alone() -> None:
+    of = engine()
+    read = of.machine.read
+    of.machine.read = lambda value: np.where(read(value) == bad, -1, read(value))  # type: ignore
+    good, other = Request(ids(6), 8), Request(ids(7), 8)
+    bad = (set(expected(good)[0]) - set(expected(other)[0])).pop()
+    where = expected(good)[0].index(bad)
+    cycles: list[Cycle] = []
+    of.on_cycle = cycles.append
+    numbers = [of.add(good), of.add(other)]
+    assert results(of) == {
+        numbers[0]: (expected(good)[0][:where], "error"),
+        numbers[1]: expected(other),
+    }
+    assert sum(c.discarded_rows for c in cycles) == 1
+
+
+def test_cancelling_frees_at_once_and_says_so() -> None:
+    of = engine()
+    numbers = [of.add(Request(ids(9, k), 30)) for k in range(8)]
+    of.step()
+    for number in numbers:
+        assert of.cancel(number) and not of.cancel(number)
+    assert not of.cache.open_sequences
+    assert of.busy and of.step() is None
+    assert of.events == [Event(number, (), "cancelled") for number in numbers]
+    assert not of.busy and not of.cancel(99)
+
+
+def test_prefix_reuse_computes_less_and_gives_the_same() -> None:
+    rows = []
+    shared = ids(24)
+    for reuse in (True, False):
+        cycles: list[Cycle] = []
+        of = engine(prefix_reuse=reuse, on_cycle=cycles.append)
+        for tail in ([1], [2], [1]):
+            r = Request(shared + tail, 4)
+            number = of.add(r)
+            assert results(of) == {number: expected(r)}
+        rows.append(sum(c.prompt_rows for c in cycles))
+    assert rows == [25 + 1 + 1, 75]
+
+
+def test_salts_and_other_sources_share_nothing() -> None:
+    for kind, changed in (("paged", {"salt": b"b"}), ("encoder", {"source": ids(7)})):
+        of = engine(kind)
+        total = []
+        of.on_cycle = lambda c, total=total: total.append(c.prompt_rows)  # type: ignore[misc]
+        first = {"source": ids(6)} if kind == "encoder" else {"salt": b"a"}
+        for options in (first, changed, first):
+            of.add(Request(ids(12), 0, **options))
+            list(of.run())
+        assert total == [12, 12, 4]
+
+
+def test_forks_share_the_cache_and_draw_their_own_tokens() -> None:
+    for kind in KINDS:
+        of = engine(kind)
+        parent = request(kind, ids(10), 12, sampling=Sampling(temperature=1, seed=1))
+        number = of.add(parent)
+        for _ in range(5):
+            of.step()
+        own = Sampling(temperature=1, seed=2, frequency=50)
+        child = of.fork(number, own)
+        assert child is not None
+        start = list(of.live[child].tokens)
+        found = results(of)
+        # the events of the first steps were heard before `results`
+        assert start[10:] + found[number][0] == expected(parent)[0]
+        forked = request(kind, ids(10), 12, sampling=own)
+        assert found[child] == expected(forked, start=start)
+        assert found[child][0] != found[number][0]
+        assert isinstance(of.machine, HashMachine) and of.machine.copies > 0
+        assert of.fork(number) is None
+
+
+@pytest.mark.parametrize("chunk", (3, 16))
+def test_receivers_get_every_row_once(chunk: int) -> None:
+    """Logits at each position of a prompt and at each new token, preemption or not."""
+    of = engine(tokens=32, chunk=chunk)
+    rows: dict[int, list[tuple[int, np.ndarray]]] = {}
+    seen: dict[int, list[tuple[int, float]]] = {}
+    requests = []
+    for n in (14, 11, 9):
+        rows[n] = []
+        seen[n] = []
+        want = {
+            "logits": lambda at, x, n=n: rows[n].append((at, x.copy())),
+            "x": lambda at, x, n=n: seen[n].extend(enumerate(x[:, 0], at)),
+        }
+        requests.append(Request(ids(n), 10, want=want, pick_all=True))
+        of.add(requests[-1])
+    results(of)
+    assert of.scheduler.preemptions > 0
+    for r in requests:
+        n = len(r.prompt)
+        tokens = [*r.prompt, *expected(r)[0]]
+        at = [first + k for first, x in rows[n] for k in range(len(x))]
+        assert at == list(range(n + 9))
+        stacked = np.concatenate([x for _, x in rows[n]])
+        right = [logits_of(tokens[: k + 1], ()) for k in range(n + 9)]
+        assert np.array_equal(stacked, np.array(right))
+        assert seen[n] == list(enumerate(tokens[:-1]))
+
+
+def test_a_prompt_as_long_as_the_context_leaves_room_or_is_refused() -> None:
+    of = engine()
+    number = of.add(Request(ids(60)))  # the context is 64
+    assert results(of)[number] == expected(Request(ids(60), 4))
+    of.add(Request(ids(64), 0))
+    assert len(results(of)) == 1
+    with pytest.raises(ContextError, match=r"prompt of 64 tokens does not fit.* 64 tokens"):
+        of.add(Request(ids(64)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "message"),
+    [
+        (Request([]), OptionError, "prompt is empty"),
+        (Request([1, 13]), OptionError, "token id 13 in the prompt; valid: 0 to 12"),
+        (Request([1, -1]), OptionError, "token id -1"),
+        (Request([1.5]), OptionError, "whole token ids"),  # type: ignore[list-item]
+        (Request(ids(60), 5), ContextError, "60 tokens and 5 new ones .* context .* 64 tokens"),
+        (Request(ids(65)), ContextError, "65 tokens does not fit"),
+        (Request([1], -1), OptionError, "max_new_tokens=-1"),
+        (Request([1], 2**63), ContextError, "does not fit"),
+        (Request([1], True), OptionError, "max_new_tokens=True"),
+        (Request([1], source=[1]), OptionError, "no encoder, so 1 source tokens"),
+        (Request([1], inputs={"types": np.zeros((1, 1))}), OptionError, "'types'.* valid: none"),
+        (Request([1], want={"nought": print}), OptionError, "want='nought'"),  # type: ignore
+        (Request([1], 1, Sampling(logit_bias={13: 1})), OptionError, "token 13: valid ids: 0 to 1"),
+    ],
+)
+def test_requests_that_cannot_be_are_refused_before_any_work(
+    wrong: Request, kind: type[LmclockError], message: str
+) -> None:
+    of = engine()
+    with pytest.raises(kind, match=message):
+        of.add(wrong)
+    assert not of.busy
+
+
+def test_capacity_is_part_of_the_check() -> None:
+    with pytest.raises(ContextError, match=r"30 tokens and 5 .* room of the cache is 32 tokens"):
+        engine(tokens=32).add(Request(ids(30), 5))
+    of = engine("encoder")
+    with pytest.raises(OptionError, match="needs source tokens"):
+        of.add(Request([1], 1))
+    with pytest.raises(ContextError, match="source of 20 tokens must run in one cycle"):
+        of.add(Request([1], 1, source=ids(20)))
+    with pytest.raises(OptionError, match="chunk=0"):
+        engine(chunk=0)
+
+
+def spans_of(of: Engine) -> dict[int, list[tuple[int, int]]]:
+    """(first, rows) of every span planned from now on, by sequence."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    fetch = of.scheduler.fetch
+
+    def recorded() -> Plan:
+        plan = fetch()
+        for sequence, first, count in plan.spans:
+            spans.setdefault(sequence.id, []).append((first, count))
+        return plan
+
+    of.scheduler.fetch = recorded  # type: ignore[method-assign]
+    return spans
+
+
+def test_a_sequence_computed_anew_repeats_its_first_spans_unless_invariant() -> None:
+    alone = {}
+    for n in (9, 11, 10, 12):
+        of = engine()
+        spans = spans_of(of)
+        number = of.add(Request(ids(n), 20))
+        results(of)
+        alone[n] = set(spans[number])
+    for invariant_ in (False, True):
+        of = engine(tokens=40, invariant=invariant_, prefix_reuse=False)
+        spans = spans_of(of)
+        numbers = [of.add(Request(ids(n), 20)) for n in (9, 11, 10, 12)]
+        results(of)
+        assert of.scheduler.preemptions > 0
+        same = [set(spans[k]) == alone[n] for k, n in zip(numbers, (9, 11, 10, 12), strict=True)]
+        assert all(same) != invariant_
+
+
+def test_a_prompt_is_admitted_only_beside_a_spare_page_for_each_that_runs() -> None:
+    of = engine(tokens=16)
+    for n in (7, 6):
+        of.add(Request(ids(n), 5))
+    assert len(results(of)) == 2 and of.scheduler.preemptions == 0
+
+
+def test_a_prompt_that_must_not_be_cut_waits_for_its_rows_and_is_not_overtaken() -> None:
+    of = engine("whole", rows=12)
+    of.add(Request(ids(3), 20))
+    of.step()
+    spans = spans_of(of)
+    whole = of.add(Request(ids(12), 2))
+    later = [of.add(Request(ids(2, k), 20)) for k in range(3)]
+    found = results(of)
+    assert spans[whole][0] == (0, 12)
+    assert found[whole] == expected(Request(ids(12), 2))
+    assert [spans[n][0] for n in later] == [(0, 2)] * 3
+    assert list(found)[:2] == [0, whole]
+    with pytest.raises(ContextError, match="13 tokens must run in one cycle, which takes 12 rows"):
+        of.add(Request(ids(13), 1))
+
+
+def test_nothing_starves_behind_long_prompts_or_short_ones() -> None:
+    """Short requests keep arriving; the long prompt is still first to finish of its cohort."""
+    of = engine(tokens=64)
+    long = of.add(Request(ids(50), 4))
+    ended: list[int] = []
+    for k in range(60):
+        of.add(Request(ids(3, k), 2))
+        of.step()
+        ended += [event.sequence for event in of.events if event.finish]
+        if long in ended:
+            break
+    assert long in ended and len(ended) <= 12
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Sequences come, fork, are cancelled; whatever happens, tokens are those of a lone run."""
+
+    sequences = Bundle("sequences")
+
+    @initialize(
+        kind=st.sampled_from(KINDS),
+        room=st.integers(6, 14),
+        rows=st.integers(4, 12),
+        chunk=st.integers(1, 12),
+        invariant=st.booleans(),
+        reuse=st.booleans(),
+    )
+    def start(
+        self, kind: str, room: int, rows: int, chunk: int, invariant: bool, reuse: bool
+    ) -> None:
+        self.kind = kind
+        self.of = engine(
+            kind, tokens=room * 4, rows=rows, chunk=chunk, invariant=invariant,
+            prefix_reuse=reuse, eos=frozenset({0}),
+        )  # fmt: skip
+        self.asked: dict[int, tuple[Request, list[int]]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.finish: dict[int, str] = {}
+
+    @rule(
+        target=sequences,
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=16),
+        new=st.integers(0, 8),
+        seed=st.integers(0, 3),
+        temperature=st.sampled_from([0.0, 1.0]),
+        repetition=st.sampled_from([1.0, 1.3]),
+        window=st.sampled_from([0, 3]),
+    )
+    def add(
+        self, prompt: list[int], new: int, seed: int, temperature: float, repetition: float,
+        window: int,
+    ) -> int:  # fmt: skip
+        sampling = Sampling(temperature, seed=seed, repetition=repetition, window=window)
+        source = prompt[:4] if self.kind == "encoder" else ()
+        r = Request(prompt, new, sampling, source=source)
+        number = self.of.add(r)
+        self.asked[number] = (r, prompt)
+        self.tokens[number] = []
+        return number
+
+    @rule(target=sequences, number=sequences, seed=st.integers(4, 9))
+    def fork(self, number: int | None, seed: int) -> int | None:
+        if number not in self.of.live:
+            return None
+        r, _ = self.asked[number]
+        sampling = Sampling(1.0, seed=seed, frequency=9)
+        child = self.of.fork(number, sampling)
+        assert child is not None
+        start = list(self.of.live[child].tokens)
+        forked = Request(r.prompt, r.max_new_tokens, sampling, source=r.source)
+        self.asked[child] = (forked, start)
+        self.tokens[child] = []
+        return child
+
+    @rule(number=sequences)
+    def cancel(self, number: int | None) -> None:
+        if number is not None:
+            live = number in self.of.live
+            assert self.of.cancel(number) == live
+
+    @rule(cycles=st.integers(1, 6))
+    def step(self, cycles: int) -> None:
+        for _ in range(cycles):
+            self.of.step()
+            self.hear()
+
+    def hear(self) -> None:
+        for event in self.of.events:
+            assert event.sequence not in self.finish
+            self.tokens[event.sequence] += event.tokens
+            if event.finish:
+                self.finish[event.sequence] = event.finish
+
+    @invariant()
+    def sound(self) -> None:
+        if hasattr(self, "of"):
+            self.of.cache.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "of"):
+            return
+        for _ in range(3000):
+            if not self.of.busy:
+                break
+            self.of.step()
+            self.hear()
+        assert not self.of.busy and not self.of.cache.open_sequences
+        assert self.of.cache.room == self.of.cache.pool.size
+        for number, (asked, start) in self.asked.items():
+            tokens, finish = expected(asked, frozenset({0}), start)
+            if self.finish[number] == "cancelled":
+                assert self.tokens[number] == tokens[: len(self.tokens[number])]
+            else:
+                assert (self.tokens[number], self.finish[number]) == (tokens, finish)
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(max_examples=50, stateful_step_count=30)
