@@ -1,0 +1,28 @@
+"""lmclock: an LLM is a program. Assemble it, clock it, step it, and make it faster.
+
+    import lmclock
+    m = lmclock.load("smollm2")
+    print(m.generate("The capital of France is", max_new_tokens=8).text)
+
+The names below load what they need when they are first used, so that importing the package is fast.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lmclock.errors import LmclockError
+
+if TYPE_CHECKING:
+    from lmclock.model import Model, Reply, load
+
+__version__ = "0.1.0"
+__all__ = ["LmclockError", "Model", "Reply", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Model", "Reply", "load"):
+        from lmclock import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'lmclock' has no attribute {name!r}")

@@ -29,7 +29,7 @@ import numpy as np
 
 from lmclock.batch import Batch
 from lmclock.errors import OptionError, choices
-from lmclock.formats import Format
+from lmclock.formats import FORMATS, Format
 from lmclock.program import Program
 
 MACHINES = {
@@ -153,3 +153,16 @@ def create(name: str, **options: object) -> Machine:
         raise OptionError(f"machine {name!r} is unknown; valid: {choices(MACHINES)}")
     machine: Machine = importlib.import_module(f"lmclock.machines.{name}").create(**options)
     return machine
+
+
+def repacked(program: Program) -> list[str]:
+    """A sentence for each number format that the native machine keeps in another layout."""
+    import lmclock._native as _native
+
+    names = sorted({w.format for w in program.weights})
+    layouts = {name: _native.layout_name(FORMATS[name].code) for name in names}
+    return [
+        f"native keeps {name} as {layout}, without loss of accuracy"
+        for name, layout in layouts.items()
+        if layout != name
+    ]

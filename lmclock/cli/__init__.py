@@ -1,0 +1,85 @@
+"""The command line: `lmclock VERB`. One file per verb, loaded when it is called.
+
+An error a user can cause is one sentence on stderr and exit code 1 (2 for wrong usage, as click
+has it); a closed pipe ends
+quietly; Ctrl-C exits with 130.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from lmclock import __version__, settings
+from lmclock.errors import LmclockError
+
+VERBS = {
+    "run": "generate text, or chat",
+    "stat": "where the time goes, like perf stat",
+    "trace": "write a trace that Perfetto opens",
+    "disasm": "print a model as a program",
+    "diff": "run two machines in lockstep and compare",
+    "bench": "prefill and decode speed, in llama-bench's columns",
+    "calibrate": "measure the limits of this machine",
+    "pull": "fetch a model",
+}
+
+
+class _Verbs(click.Group):
+    """Verbs listed from the table and imported only when called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"lmclock.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+        with formatter.section("Environment"):
+            formatter.write_dl(list(settings.VARIABLES.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            message = f"{error.message.rstrip('.')}; valid: {', '.join(VERBS)}"
+            raise click.UsageError(message, ctx) from None
+
+
+@click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lmclock")
+def group() -> None:
+    """An LLM is a program: assemble it, clock it, step it, and make it faster."""
+
+
+def main() -> None:
+    """Entry point of the `lmclock` command."""
+    try:
+        code = group.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.exceptions.Exit as done:
+        code = done.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except LmclockError as error:
+        click.echo(f"lmclock: {error}", err=True)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,39 @@
+"""`lmclock stat`: run a prompt and account for every tick, in the manner of perf stat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lmclock.cli import options
+from lmclock.reports.stat import print_stat
+from lmclock.reports.summary import summary
+
+
+@click.command("stat", help="Run a prompt and account for every tick of it.")
+@options.model_options
+@options.prompt_options
+@options.sampling_options
+@click.option("--hottest", type=click.IntRange(1), default=10, help="Instructions to list.")
+@options.json_option
+def command(
+    loading: options.Loading,
+    prompt: str | None,
+    sampling: dict[str, Any],
+    hottest: int,
+    as_json: bool,
+) -> None:
+    text = prompt or options.DEFAULT_PROMPT
+    if sampling["max_new_tokens"] is None:
+        sampling["max_new_tokens"] = 64
+    with loading.load() as model:
+        # One unrecorded reply first: pages are touched and caches warm when the clock starts.
+        model.generate(text, **{**sampling, "max_new_tokens": 2})
+        model.engine.cache.forget_prefixes()
+        reply = model.generate(text, **sampling)
+        report = summary(model.clock(reply.cycles), model.machine.traits)
+    if as_json:
+        options.print_json(report)
+    else:
+        print_stat(report, options.console(), hottest)

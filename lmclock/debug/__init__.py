@@ -1,0 +1,1 @@
+"""Looking inside a program while it runs: `diff` holds two machines against each other."""
