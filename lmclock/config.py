@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmclock.errors import FileError, UnsupportedError, choices
-from lmclock.fields import Fields
+from lmclock.fields import MOST, REQUIRED, Fields
 
 MAX_LAYERS = 4096  # a bound on what a hostile file can make us allocate
 MAX_HEADS = 1 << 16
@@ -259,7 +259,7 @@ def _hf_rope(f: Fields, row: HfType, head: int, context: int) -> tuple[Rope, int
     r.rest(_ROPE_FIELDS, f"rope_type {kind}")
     if kind == "default":
         return rope, context
-    factor = r.number("factor", context / original if kind == "yarn" else None)
+    factor = r.number("factor", context / original if kind == "yarn" else REQUIRED)
     rope = replace(rope, scaling=kind, factor=factor, original=original)
     if kind == "linear":
         return rope, int(context * factor)
@@ -303,14 +303,14 @@ def from_gguf(metadata: Mapping[str, Any], tensors: Collection[str] = ()) -> Mod
     key = _head_width(f.integer("attention.key_length", None), width, heads)
     if f.flag("attention.causal", True) is not True:
         raise UnsupportedError(f"{model}.attention.causal is false; only causal models run")
-    tokens = g.take("tokenizer.ggml.tokens", ())
+    tokens = g.count("tokenizer.ggml.tokens")
     config = ModelConfig(
         family=row.family, model=model, source="gguf", name=g.text("general.name", model),
         layers=layers, width=width, heads=heads,
         kv_heads=f.same("attention.head_count_kv", layers, MAX_HEADS, heads),
         key=key, value=f.integer("attention.value_length", key),
         hidden=f.each("feed_forward_length", layers),
-        vocab=f.integer("vocab_size", len(tokens) or None), context=f.integer("context_length"),
+        vocab=f.integer("vocab_size", tokens or REQUIRED), context=f.integer("context_length"),
         eps=f.number("attention.layer_norm_rms_epsilon"), rope=_gguf_rope(f, row, key),
         windows=_gguf_windows(f, layers), tied="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors, output_bias="blk.0.attn_output.bias" in tensors,
@@ -319,8 +319,8 @@ def from_gguf(metadata: Mapping[str, Any], tensors: Collection[str] = ()) -> Mod
         eos=g.ids("tokenizer.ggml.eos_token_id"),
         notes=f.rest(_GGUF_HARMLESS, f"architecture {model}"),
     )  # fmt: skip
-    if tokens and len(tokens) != config.vocab:
-        message = f"GGUF metadata: {len(tokens)} tokens, but {model}.vocab_size is {config.vocab}"
+    if tokens not in (0, config.vocab):
+        message = f"GGUF metadata: {tokens} tokens, but {model}.vocab_size is {config.vocab}"
         raise FileError(message)
     return _checked(config, f)
 
@@ -357,6 +357,7 @@ def _checked(c: ModelConfig, f: Fields) -> ModelConfig:
         (c.heads % c.kv_heads == 0, f"{c.heads} heads do not share {c.kv_heads} key/value heads"),
         (c.rope.dims % 2 == 0, f"{c.rope.dims} rotary dimensions are odd: they turn in pairs"),
         (0 < c.rope.dims <= c.key, f"{c.rope.dims} rotary dimensions in heads of {c.key}"),
+        (c.context <= MOST, f"a context of {c.context} positions; valid: at most {MOST}"),
         (c.rope.base > 1, f"the frequency base of RoPE is {c.rope.base}; valid: above 1"),
     )
     for holds, message in checks:

@@ -14,6 +14,7 @@ from typing import Any
 from lmclock.errors import FileError, UnsupportedError, choices
 
 MOST = (1 << 31) - 1
+LEAST, LARGEST = 1e-30, 1e30
 REQUIRED: Any = object()  # default of a key that must be there
 
 # An unknown key with one of these in its name may change what is computed.
@@ -59,11 +60,12 @@ class Fields:
         return value
 
     def number(self, key: str, default: Any = REQUIRED, low: float | None = None) -> float:
-        """A finite number above 0, or from `low`."""
+        """A number above 0, or from `low`; within bounds that no arithmetic overflows."""
         value = self.take(key, default)
         fits = isinstance(value, int | float) and not isinstance(value, bool)
-        if not fits or not abs(value) < 1e300 or (value <= 0 if low is None else value < low):
-            raise self.wrong(key, value, "a number above 0" if low is None else f"from {low}")
+        least = LEAST if low is None else low
+        if not fits or not least <= value <= LARGEST:
+            raise self.wrong(key, value, f"a number from {least} to {LARGEST}")
         return shortest(float(value))
 
     def flag(self, key: str, default: Any = REQUIRED) -> bool:
@@ -85,6 +87,13 @@ class Fields:
         value = self.take(key, ())
         values = value if isinstance(value, Sequence) else (value,)
         return tuple(i for i in values if self._int(key, i, -1, MOST) >= 0)
+
+    def count(self, key: str) -> int:
+        """Elements of a list; 0 when the key is missing."""
+        value = self.take(key, ())
+        if isinstance(value, str) or not hasattr(value, "__len__"):
+            raise self.wrong(key, value, "a list")
+        return len(value)
 
     def each(self, key: str, layers: int) -> tuple[int, ...]:
         """One positive integer for every layer, stated once or in a list."""
@@ -123,10 +132,10 @@ class Fields:
             value = plain(self.data[key])
             if _ARITHMETIC.search(str(key).removeprefix(self.prefix)) and not _neutral(value):
                 raise UnsupportedError(
-                    f"{self.where}: {str(key)[:80]}={str(value)[:80]} may change the "
-                    f"arithmetic, and is no option of {what} here"
+                    f"{self.where}: {shown(key)}={shown(value)} may change the arithmetic, "
+                    f"and is no option of {what} here"
                 )
-        names = sorted(str(key)[:80] for key in unknown)
+        names = sorted(shown(key) for key in unknown)
         return (f"ignored in {self.where}: {', '.join(names)}",) if names else ()
 
 
@@ -134,6 +143,11 @@ def _neutral(value: Any) -> bool:
     if isinstance(value, list | Mapping):
         return not value
     return value is False or (value is not True and value in _NEUTRAL)
+
+
+def shown(value: Any) -> str:
+    """At most 80 characters of something from a file, on one line and safe to print."""
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:80])
 
 
 def plain(value: Any) -> Any:

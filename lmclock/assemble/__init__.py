@@ -76,7 +76,14 @@ def read_config(reader: Reader) -> ModelConfig:
     if isinstance(reader, GGUF):
         return from_gguf(reader.metadata, reader.tensors)
     path = reader.path.parent / "config.json"
-    return from_hf(_json_object(path), path.resolve().parent.name)
+    return from_hf(_json_object(path), _model_name(path.absolute().parent))
+
+
+def _model_name(folder: Path) -> str:
+    """The folder's name; ORG/NAME in a hub's cache, models--ORG--NAME/snapshots/REVISION."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def _json_object(path: Path) -> dict[str, Any]:

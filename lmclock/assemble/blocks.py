@@ -24,6 +24,8 @@ from lmclock.formats import Array
 from lmclock.isa import Instruction, make
 from lmclock.program import Weight
 
+LEAST_FACTOR = 1e-6  # of a frequency: published ones are 1 to 64
+
 
 @dataclass(frozen=True)
 class Place:
@@ -135,8 +137,8 @@ class Builder:
         divide = None
         if self.stored.has(factors):
             divide = self.stored.get(factors, (1, rope.dims // 2)).unpack()
-            if not (divide > 0).all():
-                raise FileError(f"tensor {factors} holds a factor that is not above 0")
+            if not (divide > LEAST_FACTOR).all():
+                raise FileError(f"tensor {factors} holds a factor that is not above {LEAST_FACTOR}")
         row = frequencies(rope, divide)
         freqs = None if row is None else self.constant("rope_freqs", row)
         dims = 0 if rope.dims == head else rope.dims

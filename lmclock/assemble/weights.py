@@ -101,15 +101,16 @@ class Stored:
         self.names = names
         self.used: set[str] = set()
 
-    def name_in_file(self, name: str) -> str:
+    def name_in_file(self, name: str) -> str | None:
+        """None where the file's format has no such weight."""
         stem, ending = (name[:-5], ".bias") if name.endswith(".bias") else (name, ".weight")
-        if self.names is not None:
-            number = re.search(r"(?<=\.)\d+(?=\.)", stem)
-            pattern = stem if number is None else stem.replace(number[0], "{i}", 1)
-            if pattern not in self.names:
-                return f"{name} (this format has no name for it)"
-            stem = self.names[pattern].replace("{i}", number[0] if number else "")
-        return stem + ending
+        if self.names is None:
+            return stem + ending
+        layer = re.search(r"(?<=\.)\d+(?=\.)", stem)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{i}", stem, count=1)
+        if pattern not in self.names:
+            return None
+        return self.names[pattern].replace("{i}", layer[0] if layer else "") + ending
 
     def has(self, name: str) -> bool:
         return self.name_in_file(name) in self.tensors
@@ -117,8 +118,9 @@ class Stored:
     def get(self, name: str, shape: tuple[int, int] | None = None) -> View:
         """The weight, which must be `shape` (rows, width); a bias or norm has one row."""
         stored = self.name_in_file(name)
-        if stored not in self.tensors:
-            raise FileError(f"the file lacks tensor {stored}, which its configuration asks for")
+        if stored is None or stored not in self.tensors:
+            message = f"the file lacks tensor {stored or name}, which its configuration asks for"
+            raise FileError(message)
         self.used.add(stored)
         found = self.tensors[stored]
         given = found.shape
