@@ -63,7 +63,7 @@ def _columns(lines: list[str]) -> list[str]:
         head = len(code) - len(code.lstrip()) + 9  # indent, opcode and its padding
         operands, *attrs = code[head:].split("   ", 1)
         rows.append([code[:head] + operands, attrs[0] if attrs else "", *comment])
-    for column, most in ((0, 56), (1, 48)):
+    for column, most in ((0, 48), (1, 40)):
         width = min(most, max((len(row[column]) for row in rows), default=0)) + 1
         for row in rows:
             row[column] = f"{row[column]:<{width}} "

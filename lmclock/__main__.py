@@ -1,0 +1,5 @@
+"""`python -m lmclock` is the `lmclock` command."""
+
+from lmclock.cli import main
+
+main()
