@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hash_machine import KINDS, HashMachine, expected, logits_of, program
+from tests.hash_machine import KINDS, HashMachine, expected, logits_of, program
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule

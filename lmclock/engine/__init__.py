@@ -87,7 +87,11 @@ class Engine:
         return sequence.id
 
     def fork(
-        self, number: int, sampling: Sampling | None = None, sink: Sink | None = None
+        self,
+        number: int,
+        sampling: Sampling | None = None,
+        sink: Sink | None = None,
+        ended: Callable[[str], None] | None = None,
     ) -> int | None:
         """A second sequence that goes on from where `number` stands, sharing its cache; None when
         it is over. Without another seed it draws the same tokens; it has no receivers.
@@ -96,7 +100,9 @@ class Engine:
         if parent is None:
             return None
         sampling = sampling or parent.request.sampling
-        request = replace(parent.request, sampling=sampling, sink=sink, want={}, pick_all=False)
+        request = replace(
+            parent.request, sampling=sampling, sink=sink, ended=ended, want={}, pick_all=False
+        )
         child = self._enter(request, parent.last)
         child.tokens = list(parent.tokens)
         if child.tally:
@@ -113,6 +119,8 @@ class Engine:
             return False
         self.scheduler.remove(sequence)
         self._news.append(Event(number, (), "cancelled"))
+        if sequence.request.ended:
+            sequence.request.ended("cancelled")
         return True
 
     def step(self) -> Cycle | None:

@@ -72,7 +72,7 @@ class Scheduler:
         if held is None:
             self.add(child)
         else:
-            child.held, child.encoded = held, parent.encoded
+            child.held, child.source_due = held, parent.source_due
             insort(self.running, child, key=_arrival)
 
     def fetch(self) -> Plan:
@@ -84,9 +84,15 @@ class Scheduler:
         left.picks -= len(due)
         at = 0
         while at < len(self.running):  # preemption shortens the list from its end
-            sequence = self.running[at]
-            count = due[at]
-            if (count == 1 or left.rows) and self._make_room(sequence, count):
+            sequence, count = self.running[at], due[at]
+            held = sequence.held
+            assert held is not None
+            ready = held.ready > held.length >= sequence.prompt_length
+            if count == 1 and ready and not sequence.source_due:
+                # A decode row with room: most rows of most cycles, so without the calls below.
+                plan.spans.append((sequence, held.length, 1))
+                plan.picks.append(int(held.length + 1 == len(sequence.tokens)))
+            elif (count == 1 or left.rows) and self._make_room(sequence, count):
                 self._grant(plan, left, sequence, count)
             at += 1
         while self.waiting and left.rows and self._may_run():
@@ -121,17 +127,16 @@ class Scheduler:
         assert sequence.held is not None
         first = sequence.held.length
         picks = self._picks(sequence, first, count)
-        source = 0 if sequence.encoded else len(sequence.request.source)
         extra = count if count > 1 else 0
-        if extra > left.rows or picks - 1 > left.picks or source > left.source:
+        if extra > left.rows or picks - 1 > left.picks or sequence.source_due > left.source:
             left.rows = 0
             return
         left.rows -= extra
         left.picks -= max(picks - 1, 0)
-        left.source -= source
+        left.source -= sequence.source_due
         plan.spans.append((sequence, first, count))
         plan.picks.append(picks)
-        if not sequence.encoded and self.facts.encodes:
+        if sequence.source_due:
             plan.encoded.append(sequence)
 
     def _picks(self, sequence: Running, first: int, count: int) -> int:
@@ -177,7 +182,7 @@ class Scheduler:
     def _release(self, sequence: Running) -> None:
         if sequence.held is not None:
             self.cache.close(sequence.held)
-            sequence.held, sequence.encoded = None, False
+            sequence.held, sequence.source_due = None, len(sequence.request.source)
 
 
 @dataclass(slots=True)

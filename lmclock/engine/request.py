@@ -33,8 +33,9 @@ class Request:
     source          token ids of the encoder rows, for programs that have them
     inputs          (rows, width) for declared inputs the engine does not fill, such as token types;
                     ids not given are 0
-    sink            called with each new token; False stops the sequence after it. It must not
-                    raise, nor call the engine
+    sink            called with each new token; False stops the sequence after it
+    ended           called with the finish, once, after the last token. Neither may raise, nor call
+                    the engine
     want            value name -> receiver(position of the first row, (rows, width)), called in the
                     cycle that computes the rows; `seq` values once, after the prompt
     pick_all        pick every row of the prompt (perplexity), not only the last
@@ -49,6 +50,7 @@ class Request:
     source: Sequence[int] = ()
     inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
     sink: Sink | None = None
+    ended: Callable[[str], None] | None = None
     want: Mapping[str, Receiver] = field(default_factory=dict)
     pick_all: bool = False
     salt: bytes = b""
@@ -69,11 +71,12 @@ class Event:
 class Running:
     """A sequence between `add` and its end. Rows `held.length`.. of `tokens` are due.
 
-    `delivered` rows have been handed to receivers: a sequence computed anew does not repeat them.
+    `source_due` source rows must be encoded with the next span. `delivered` rows have been handed
+    to receivers: a sequence computed anew does not repeat them.
     """
 
-    __slots__ = ("delivered", "encoded", "held", "id", "last", "prompt_length", "record", "request",
-                 "salt", "stops", "tally", "tokens")  # fmt: skip
+    __slots__ = ("delivered", "held", "id", "last", "prompt_length", "record", "request",
+                 "salt", "source_due", "stops", "tally", "tokens")  # fmt: skip
 
     def __init__(self, number: int, request: Request, last: int, eos: frozenset[int]) -> None:
         self.id = number
@@ -89,7 +92,7 @@ class Running:
         source = np.array(request.source, np.int32).tobytes()
         self.salt = sha256(sha256(request.salt).digest() + source).digest()
         self.held: Held | None = None
-        self.encoded = False
+        self.source_due = len(request.source)
         self.delivered = 0
 
     @property

@@ -101,24 +101,29 @@ class Tally:
         self.slots: dict[int, int] = {}
         self.records = np.zeros(16, ADJUST)
         for token, bias in sampling.logit_bias.items():
-            self.records["bias"][self._slot(int(token))] = bias
+            slot = self._slot(int(token))  # first, because it may replace `records`
+            self.records["bias"][slot] = bias
         if self.counts:
             for token in tokens[-self.window :] if self.window else tokens:
-                self.records["count"][self._slot(token)] += 1
+                self._count(token, 1)
 
     def add(self, tokens: Sequence[int]) -> None:
         """Count the last of `tokens`, which is new, and drop the one that leaves the window."""
         if not self.counts:
             return
-        self.records["count"][self._slot(tokens[-1])] += 1
+        self._count(tokens[-1], 1)
         if 0 < self.window < len(tokens):
-            self.records["count"][self._slot(tokens[-1 - self.window])] -= 1
+            self._count(tokens[-1 - self.window], -1)
 
     def of_row(self, row: int) -> np.ndarray:
         """A copy of the records for picked row `row`."""
         records = self.records[: len(self.slots)].copy()
         records["row"] = row
         return records
+
+    def _count(self, token: int, change: int) -> None:
+        slot = self._slot(token)
+        self.records["count"][slot] += change
 
     def _slot(self, token: int) -> int:
         slot = self.slots.setdefault(token, len(self.slots))

@@ -44,7 +44,7 @@ def write_back(
         deliver(plan, values, facts)
     at = 0
     for sequence in plan.encoded:
-        sequence.encoded = True
+        sequence.source_due = 0
     for (sequence, first, count), picks in zip(plan.spans, plan.picks, strict=True):
         assert sequence.held is not None
         at += picks
@@ -91,6 +91,8 @@ def _retire(outcome: Outcome, sequence: Running, token: int | None) -> None:
 def _end(outcome: Outcome, sequence: Running, tokens: tuple[int, ...], finish: str) -> None:
     outcome.events.append(Event(sequence.id, tokens, finish))
     outcome.ended.append(sequence)
+    if sequence.request.ended:
+        sequence.request.ended(finish)
 
 
 def deliver(plan: Plan, values: Mapping[str, np.ndarray], facts: Facts) -> None:
