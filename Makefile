@@ -52,7 +52,7 @@ tsan: build/tsan/.installed  ## native tests under the thread sanitizer
 	  setarch -R build/tsan/bin/python -m pytest --capture=sys $(SANITIZED_TESTS) $(ARGS)
 
 fuzz: $(VENV)/.fuzz build  ## coverage-guided fuzzing of the file readers
-	$(BIN)/python -m tools.fuzz $(ARGS)
+	$(BIN)/python -m tools.fuzz_files $(ARGS)
 
 bench: $(VENV)/.bench build  ## lmclock beside other engines, interleaved
 	$(BIN)/python -m bench.peers $(ARGS)
