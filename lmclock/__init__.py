@@ -16,7 +16,8 @@ from lmclock.errors import LmclockError
 if TYPE_CHECKING:
     from lmclock.model import Model, Reply, load
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["LmclockError", "Model", "Reply", "__version__", "load"]
 
 
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from lmclock import model
 
         return getattr(model, name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lmclock")
     raise AttributeError(f"module 'lmclock' has no attribute {name!r}")

@@ -22,18 +22,20 @@ FILE_LINES, FUNCTION_LINES, COLUMNS = 400, 60, 100
 
 # Import ranks (docs/architecture.md): a file imports lower ranks, or its own rank and folder.
 RANKS = {
-    **dict.fromkeys(("errors", "settings", "formats", "packing"), 0),
-    **dict.fromkeys(("isa", "shapes", "batch"), 1),
-    **dict.fromkeys(("program", "config", "fields"), 2),
-    **dict.fromkeys(("listing", "flowchart", "verify", "cost", "files", "text"), 3),
-    "assemble": 4,
-    **dict.fromkeys(("passes", "cache", "_native"), 5),
-    **dict.fromkeys(("machines", "hardware"), 6),
-    **dict.fromkeys(("cycle", "clock"), 7),
-    "engine": 8,
-    **dict.fromkeys(("api", "reports", "debug", "train", "serve", "tune"), 9),
-    "cli": 10,
-    **dict.fromkeys(("__init__", "__main__"), 11),
+    "errors": 0,
+    **dict.fromkeys(("settings", "formats", "shapes", "fields"), 1),
+    **dict.fromkeys(("isa", "batch", "packing"), 2),
+    **dict.fromkeys(("program", "config"), 3),
+    **dict.fromkeys(("listing", "cost", "files", "text"), 4),
+    **dict.fromkeys(("flowchart", "verify"), 5),
+    **dict.fromkeys(("assemble", "passes", "cache", "_native"), 6),
+    "machines": 7,
+    **dict.fromkeys(("hardware", "cycle"), 8),
+    **dict.fromkeys(("clock", "engine"), 9),
+    **dict.fromkeys(("reports", "debug", "train", "serve", "tune"), 10),
+    "model": 11,
+    "cli": 12,
+    **dict.fromkeys(("__init__", "__main__"), 13),
 }
 HEAVY = ("torch", "transformers", "starlette", "scipy", "huggingface_hub", "gguf")
 UNSAFE_MODULES = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")

@@ -1,4 +1,4 @@
-"""Passes keep the arithmetic: fused instructions expand to what they replaced; registers never clash."""
+"""Passes keep the arithmetic: fused instructions expand to what they replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verifier: sound programs pass, each rule has one that breaks it, and the message says where."""
+"""The verifier: each rule has a program that breaks it, and the message says where."""
 
 from __future__ import annotations
 

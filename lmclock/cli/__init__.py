@@ -13,7 +13,7 @@ import sys
 
 import click
 
-from lmclock import __version__, settings
+from lmclock import settings
 from lmclock.errors import LmclockError
 
 VERBS = {
@@ -57,7 +57,7 @@ class _Verbs(click.Group):
 
 
 @click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="lmclock")
+@click.version_option(package_name="lmclock", prog_name="lmclock")
 def group() -> None:
     """An LLM is a program: assemble it, clock it, step it, and make it faster."""
 
