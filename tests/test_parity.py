@@ -7,7 +7,6 @@ end show that a wrong pair order and a forgotten scaling are far outside of it.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from helpers import Runner
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lmclock.assemble import Assembled, assemble
+from lmclock.errors import FileError
 
 TOLERANCE = 1e-4
 TOKENS = [int(t) for t in np.random.default_rng(7).integers(0, 96, 23)]
@@ -67,13 +67,6 @@ CASES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 MACHINES = ["array", "native"]
-OPTIONS: dict[str, dict[str, Any]] = {"array": {"namespace": "numpy"}, "native": {"threads": 2}}
-
-
-def machine_or_skip(name: str) -> str:
-    if importlib.util.find_spec(f"lmclock.machines.{name}") is None:
-        pytest.skip(f"this tree has no {name} machine")
-    return name
 
 
 def random_model(config: Any) -> Any:
@@ -99,13 +92,13 @@ def reference(model: Any) -> np.ndarray:
 
 
 def prefilled(model: Assembled, machine: str) -> np.ndarray:
-    runner = Runner(model.program, model.weights, machine, **OPTIONS[machine])
+    runner = Runner(model.program, model.weights, machine)
     return runner.cycle({"a": TOKENS}, pick="all")["a"]
 
 
 def decoded(model: Assembled, machine: str) -> np.ndarray:
     """The same logits from chunks and then single rows, another sequence running beside."""
-    runner = Runner(model.program, model.weights, machine, **OPTIONS[machine])
+    runner = Runner(model.program, model.weights, machine)
     rows, at = [], 0
     for size in [*CHUNKS, *[1] * (len(TOKENS) - sum(CHUNKS))]:
         work = {"a": TOKENS[at : at + size], "b": TOKENS[:size]}
@@ -127,7 +120,7 @@ def assert_parity(model: Assembled, want: np.ndarray, machine: str = "array") ->
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("case", CASES)
 def test_folder(case: str, machine: str, tmp_path: Path) -> None:
-    machine_or_skip(machine)
+    pytest.importorskip(f"lmclock.machines.{machine}")
     model = random_model(CASES[case]())
     model.save_pretrained(tmp_path)
     assert_parity(assemble(tmp_path, cache="f32"), reference(model), machine)
@@ -246,7 +239,7 @@ GGUF_CASES = [
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize(("case", "quant"), GGUF_CASES)
 def test_gguf(case: str, quant: str, machine: str, tmp_path: Path) -> None:
-    machine_or_skip(machine)
+    pytest.importorskip(f"lmclock.machines.{machine}")
     model = random_model(CASES[case]())
     write_gguf(tmp_path / "tiny.gguf", model, quant)
     ours = assemble(tmp_path / "tiny.gguf", cache="f32")
@@ -287,3 +280,11 @@ def test_a_wrong_rotation_is_far_off(case: str, attr: str, tmp_path: Path) -> No
     program = ours.program.with_sections((replace(step, instructions=changed),))
     wrong = prefilled(replace(ours, program=program), "array")
     assert np.abs(wrong - reference(model)).max() > 100 * TOLERANCE
+
+
+def test_factors_that_are_no_divisors(tmp_path: Path) -> None:
+    model = random_model(CASES["llama-tied-llama3"]())
+    model.model.rotary_emb.inv_freq.fill_(torch.inf)
+    write_gguf(tmp_path / "tiny.gguf", model)
+    with pytest.raises(FileError, match="rope_freqs holds a factor that is not above"):
+        assemble(tmp_path / "tiny.gguf")

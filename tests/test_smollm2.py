@@ -1,0 +1,47 @@
+"""The real model from its package: what it is, and that it knows the capital of France."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import Runner
+
+from lmclock.assemble import Assembled, assemble
+from lmclock.config import Rope
+from lmclock.listing import parse, render
+from lmclock.text import from_gguf
+
+MACHINES = ["array", "native"]
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Path) -> Assembled:
+    return assemble(smollm2)
+
+
+def test_what_it_is(model: Assembled) -> None:
+    c = model.config
+    assert (c.layers, c.width, c.heads, c.kv_heads, c.key) == (30, 576, 9, 3, 64)
+    assert c.rope == Rope(64, 100000.0, "adjacent") and c.tied and c.eos == (2,)
+    assert model.notes == () and model.program.context == 8192
+    formats = [w.format for w in model.program.weights]
+    assert (formats.count("q4_1"), formats.count("q8_0"), formats.count("f32")) == (210, 1, 61)
+    text = render(model.program)
+    assert parse(text) == model.program
+    assert len(text.splitlines()) < 50, "thirty equal layers fold into one"
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_paris(model: Assembled, machine: str) -> None:
+    pytest.importorskip(f"lmclock.machines.{machine}")
+    tokeniser = from_gguf(model.reader.metadata)
+    ids = list(tokeniser.encode("The capital of France is"))
+    runner = Runner(model.program, model.weights, machine, pages=8)
+    runner.cycle({"france": ids[:2]}, pick="none")
+    work, said = ids[2:], []
+    for _ in range(2):
+        (token,) = runner.cycle({"france": work}, value="next")["france"][0].tolist()
+        said.append(token)
+        work = [token]
+    assert tokeniser.decode(said).startswith(" Paris.")
