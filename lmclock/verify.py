@@ -20,10 +20,13 @@ from lmclock.program import CACHE_FORMATS, STATE_KINDS, Program, State, Weight
 
 def verify(program: Program) -> Program:
     """The program itself when every rule holds."""
-    for weight in program.weights:
-        _check(WEIGHT_RULES, (weight,), f"weight {weight.name}")
-    for state in program.states:
-        _check(STATE_RULES, (state,), f"state {state.name}")
+    tables = (("weight", program.weights, WEIGHT_RULES), ("state", program.states, STATE_RULES))
+    for what, items, rules in tables:
+        for item in items:
+            try:
+                _check(rules, (item,))
+            except ProgramError as error:
+                raise ProgramError(f"{what} {item.name}: {error}") from None
     _names(program)
     if not program.sections:
         raise ProgramError(f"program {program.name!r} has no section")
@@ -31,25 +34,24 @@ def verify(program: Program) -> Program:
     for section in program.sections:
         known = {i.name: i.type for i in program.inputs}
         for number, i in enumerate(section.instructions):
-            where = f"{section.name} {number}: {assembly(i)}"
+            scope = _Scope(program, section.name, i, known, stored)
             try:
-                scope = _Scope(program, section.name, i, known, stored)
-                _check(OPERAND_RULES, (scope,), where)
+                _check(OPERAND_RULES, (scope,))
                 scope.outs = program.out_types(i, known)
-                _check(TYPE_RULES, (scope,), where)
+                _check(TYPE_RULES, (scope,))
             except ProgramError as error:
-                text = str(error)
-                raise ProgramError(text if where in text else f"{where}: {text}") from None
+                where = f"{section.name} {number}: {assembly(i)}"
+                raise ProgramError(f"{where}: {error}") from None
             known.update(zip(i.outs, scope.outs, strict=True))
             if i.op == "store" and i.state:
                 stored.add(i.state)
     return program
 
 
-def _check(rules: tuple[tuple[Callable[..., bool], str], ...], args: tuple, where: str) -> None:
+def _check(rules: tuple[tuple[Callable[..., bool], str], ...], args: tuple) -> None:
     for holds, message in rules:
         if not holds(*args):
-            raise ProgramError(f"{where}: {message}")
+            raise ProgramError(message)
 
 
 def _names(program: Program) -> None:
