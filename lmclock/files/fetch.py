@@ -19,6 +19,8 @@ import time
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -101,13 +103,13 @@ def _download(url: str, entry: Entry, part: Path, progress: Progress) -> None:
             continue
         try:
             _append(url, entry, part, have, progress)
-        except (OSError, http.client.HTTPException) as error:
+        except _NetworkError as error:
             now = _size(part)
             begun, failures = begun or now > have, 0 if now > have else failures + 1
             if not begun:
-                raise _RefusedError(_reason(error)) from error
+                raise _RefusedError(f"{error}") from error
             if failures == ATTEMPTS:
-                stopped = f"stopped after {now} of {entry.archive_size} bytes ({_reason(error)})"
+                stopped = f"stopped after {now} of {entry.archive_size} bytes ({error})"
                 message = f"the download of {entry.name} {stopped}; pull again to go on from there"
                 raise FileError(message) from error
             time.sleep(PAUSE * failures)
@@ -123,31 +125,43 @@ def _append(url: str, entry: Entry, part: Path, have: int, progress: Progress) -
     request = urllib.request.Request(url, headers=headers)
     if have:
         request.add_header("Range", f"bytes={have}-")
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+    with _networking():
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    with response:
+        begin, total = 0, entry.archive_size if response.length is None else response.length
         if response.status == 206:
-            described = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers["Content-Range"])
-            begin, total = map(int, described.groups()) if described else (-1, -1)
-        else:
-            begin, total = 0, int(response.headers.get("Content-Length", entry.archive_size))
+            described = response.headers.get("Content-Range", "")
+            found = re.fullmatch(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15})", described)
+            begin, total = (int(found[1]), int(found[2])) if found else (-1, -1)
         if total != entry.archive_size or begin not in (0, have):
             expected = f"bytes {have} to {entry.archive_size}"
             raise FileError(f"{url} gave bytes {begin} to {total}, where {expected} were expected")
         with open(part, "r+b" if part.exists() else "wb") as file:
             file.truncate(begin)
             file.seek(begin)
-            done = begin
-            while done < total and (some := response.read(min(CHUNK, total - done))):
+            while begin < total:
+                with _networking():
+                    some = response.read(min(CHUNK, total - begin))
+                    if not some:
+                        raise http.client.IncompleteRead(b"", total - begin)
                 file.write(some)
-                done += len(some)
-                progress(f"downloading {entry.name}", done, total)
-    if done < total:
-        raise http.client.IncompleteRead(b"", total - done)
+                begin += len(some)
+                progress(f"downloading {entry.name}", begin, total)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, HTTPError):
-        return f"HTTP {error.code} {error.reason}"
-    return str(getattr(error, "reason", "") or error) or type(error).__name__
+class _NetworkError(Exception):
+    """What the network refused or broke off; errors of the disk stay OSError."""
+
+
+@contextmanager
+def _networking() -> Iterator[None]:
+    try:
+        yield
+    except HTTPError as error:
+        raise _NetworkError(f"HTTP {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", "") or error) or type(error).__name__
+        raise _NetworkError(reason) from error
 
 
 def extract(archive: Path, entry: Entry, folder: Path, progress: Progress) -> None:

@@ -32,7 +32,8 @@ from lmclock.formats import BY_CODE, FORMATS, Format
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_KEYS = 1 << 16
-MAX_STRINGS = 1 << 22  # of one file; the largest vocabularies and merge lists have half a million
+MAX_STRINGS = 1 << 21  # of one file; the largest vocabularies and merge lists have half a million
+MAX_TEXT = 1 << 25  # bytes of strings outside arrays, of one file; a tokenizer.json may be one
 MAX_DEPTH = 4
 MAX_NESTED = 1 << 16  # arrays inside arrays, of one file
 ALIGNMENTS = tuple(1 << k for k in range(3, 17))
@@ -135,7 +136,7 @@ class _Cursor:
         self.path, self.map, self.end = file.path, file.map, file.size
         self.data = memoryview(file.map)
         self.at = 0
-        self.strings = self.nested = 0
+        self.strings = self.nested = self.text = 0
 
     def fail(self, message: str, at: int | None = None) -> FileError:
         return FileError(f"{self.path}: {message} (byte {self.at if at is None else at})")
@@ -163,6 +164,9 @@ class _Cursor:
     def string(self, what: str) -> str:
         size = self.number(_U64, f"the length of {what}")
         at = self.take(size, what)
+        self.text += size
+        if self.text > MAX_TEXT:
+            raise self.fail(f"{what} brings the file's text above the limit of {MAX_TEXT}", at)
         try:
             return self.map[at : at + size].decode()
         except UnicodeDecodeError as error:
@@ -295,7 +299,8 @@ def _entry(cursor: _Cursor, alignment: int) -> _Entry:
     rank = cursor.number(_U32, f"the rank of {name}")
     if not 1 <= rank <= 4:
         raise cursor.fail(f"tensor {name} has {rank} dimensions; valid: 1 to 4")
-    shape = tuple(cursor.number(_U64, f"a dimension of {name}") for _ in range(rank))[::-1]
+    at = cursor.take(8 * rank, f"the dimensions of {name}")
+    shape = struct.unpack_from(f"<{rank}Q", cursor.map, at)[::-1]
     if not all(0 < size < 1 << 63 for size in shape):
         raise cursor.fail(f"tensor {name} has the shape {shape}; valid: from 1 to 2^63 - 1")
     fmt = _format(cursor, name, cursor.number(_U32, f"the type of {name}"))
