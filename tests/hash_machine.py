@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
 from lmclock import listing
 from lmclock.batch import ADJUST, Batch
-from lmclock.engine import Request
+from lmclock.engine import Engine, Request, capacity_for
 from lmclock.machines import Capacity, Machine, Tensor, Ticks, Traits
 from lmclock.machines.array_sample import sample_row
 from lmclock.program import Program
@@ -227,8 +228,19 @@ class HashMachine(Machine):
         return [self.cells[name][int(table[p // size]), p % size] for p in range(length)]
 
 
-def loaded(kind: str, capacity: Callable[[Program], Capacity]) -> tuple[HashMachine, Program]:
-    """A machine and its program, with `capacity(program)` set aside."""
-    machine, made = HashMachine(), program(kind)
-    machine.load(made, {}, capacity(made))
-    return machine, made
+def engine(
+    kind: str = "paged", *, page_size: int = 4, tokens: int = 256, rows: int = 0, **options: Any
+) -> Engine:
+    """An engine for four sequences on a fresh machine."""
+    made, machine = program(kind), HashMachine()
+    capacity = capacity_for(
+        made, sequences=4, tokens=tokens, chunk=16, page_size=page_size, source=12
+    )
+    if rows:
+        capacity = Capacity(rows, 64, 4, page_size, capacity.pages)
+    machine.load(made, {}, capacity)
+    return Engine(machine, made, capacity=capacity, **options)
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([length, seed]).integers(0, 13, length).tolist()

@@ -28,7 +28,7 @@ from lmclock.engine.fetch import Plan, Scheduler
 from lmclock.engine.request import Event, Request, Running, Sink, last_length
 from lmclock.engine.sampling import Sampling, Tally
 from lmclock.engine.write_back import write_back
-from lmclock.errors import OptionError
+from lmclock.errors import LmclockError, OptionError
 from lmclock.machines import Capacity, Machine
 from lmclock.program import Program
 
@@ -91,7 +91,7 @@ class Engine:
         number: int,
         sampling: Sampling | None = None,
         sink: Sink | None = None,
-        ended: Callable[[str], None] | None = None,
+        ended: Callable[[Event], None] | None = None,
     ) -> int | None:
         """A second sequence that goes on from where `number` stands, sharing its cache; None when
         it is over. Without another seed it draws the same tokens; it has no receivers.
@@ -114,44 +114,46 @@ class Engine:
         """End a sequence between cycles; its last event comes with the next step. False when it is
         over already.
         """
-        sequence = self.live.pop(number, None)
-        if sequence is None:
+        if number not in self.live:
             return False
-        self.scheduler.remove(sequence)
         self._news.append(Event(number, (), "cancelled"))
-        if sequence.request.ended:
-            sequence.request.ended("cancelled")
+        self._forget(self._news[-1])
         return True
 
     def step(self) -> Cycle | None:
-        """One clock cycle; `events` holds its news. None when no sequence is left to run."""
+        """One clock cycle; `events` holds its news.
+
+        None when no sequence is left to run, or when the machine failed: a sequence that fails
+        alone ends with `error`; of several, each is run alone in the cycles that follow.
+        """
         now = self.machine.now
         begin = now()
         plan = self.scheduler.fetch()
         self._copy()
         if not plan.spans:
             assert not self.live, "sequences are left, but none has a row due"
-            self.events, self._news = self._news, []
+            self._tell([])
             return None
         fetched = now()
         batch = self.decoder.decode(plan)
         self.machine.bind(batch)
         decoded = now()
-        runs, values = self._execute(plan, batch)
+        try:
+            runs, values = self._execute(plan, batch)
+        except LmclockError as error:
+            self._fail(plan, str(error))
+            return None
         executed = now()
         sampled: list[int] = []
         if len(batch.pick) and self.facts.next is not None:
             sampled = self.machine.read(self.facts.next).reshape(-1).tolist()
         self.machine.commit()
         outcome = write_back(plan, sampled, values, self.facts, self.cache)
-        for sequence in outcome.ended:
-            del self.live[sequence.id]
-            self.scheduler.remove(sequence)
-        self.events, self._news = self._news + outcome.events, []
+        self._tell(outcome.events)
         self._cycles += 1
         cycle = Cycle(
             self._cycles - 1, batch, tuple(runs), (begin, fetched, decoded, executed, now()),
-            outcome.prompt_rows, outcome.decode_rows, outcome.discarded_rows, outcome.retired,
+            outcome.prompt_rows, outcome.decode_rows, 0, outcome.retired,
         )  # fmt: skip
         if self.on_cycle:
             self.on_cycle(cycle)
@@ -174,6 +176,28 @@ class Engine:
         self._number += 1
         self.live[sequence.id] = sequence
         return sequence
+
+    def _tell(self, news: list[Event]) -> None:
+        """Make the news of a cycle, and of what happened before it, the current events."""
+        for event in news:
+            if event.finish:
+                self._forget(event)
+        self.events, self._news = self._news + news, []
+
+    def _forget(self, last: Event) -> None:
+        """Free what a sequence holds, whose last event this is, and tell its request."""
+        sequence = self.live.pop(last.sequence)
+        self.scheduler.remove(sequence)
+        if sequence.request.ended:
+            sequence.request.ended(last)
+
+    def _fail(self, plan: Plan, message: str) -> None:
+        """Nothing of the plan is committed."""
+        if len(plan.spans) == 1:
+            self._tell([Event(plan.spans[0][0].id, (), "error", message)])
+        else:
+            self.scheduler.suspect(plan)
+            self._tell([])
 
     def _copy(self) -> None:
         """Pages and slots that forks and snapshots need copied, in order."""

@@ -28,8 +28,8 @@ class Defined:
 class Facts:
     """See `read_facts`. `main` is the section that takes the prompt; `encodes` says that another
     one, `encode`, runs first on the source rows. `logits` and `next` are None when the program
-    does not sample; `vocabulary` and `source_vocabulary` are how many ids the tables take, None
-    when the rows hold no ids.
+    does not sample. `vocabulary` is how many token ids the tables take, `context` how many
+    positions model and tables do; None without a limit. `source_...`: the same of encoder rows.
     """
 
     main: str
@@ -43,7 +43,9 @@ class Facts:
     next: str | None
     logits_width: int  # ids that can be sampled
     vocabulary: int | None
+    context: int | None
     source_vocabulary: int | None
+    source_context: int | None
     values: dict[str, Defined]
     carries: bool  # states carry what earlier rows left, so that a sequence can go on
     causal: bool  # and no row depends on later ones, so that a prompt may come in pieces
@@ -79,6 +81,7 @@ def read_facts(program: Program) -> Facts:
             f"section {main} of program {program.name!r} reads {strangers[0]}, which is not of its "
             f"space {space}; valid: encoder rows are read by encode only"
         )
+    positions = _table_rows(program, run, inputs, space, POSITIONS)
     carries = main == "step" and all(
         i.state is not None for i in body if i.op in ("attend", "lstm")
     )
@@ -86,18 +89,24 @@ def read_facts(program: Program) -> Facts:
         main, space, encodes, inputs, **states,
         logits=sample.ins[0] if sample else None, next=sample.outs[0] if sample else None,
         logits_width=types[main][sample.ins[0]].width if sample else 0,
-        vocabulary=_vocabulary(program, run, inputs, space),
-        source_vocabulary=_vocabulary(program, run, inputs, "src") if space != "src" else None,
+        vocabulary=_table_rows(program, run, inputs, space, TOKENS),
+        context=min(filter(None, (program.context, positions)), default=None),
+        source_vocabulary=_table_rows(program, run, inputs, "src", TOKENS),
+        source_context=_table_rows(program, run, inputs, "src", POSITIONS),
         values=values, carries=carries,
         causal=carries and all(_is_causal(program, i) for i in body),
     )  # fmt: skip
 
 
-def _vocabulary(
-    program: Program, run: list[tuple[str, int, Instruction]], inputs: tuple[Input, ...], space: str
+def _table_rows(
+    program: Program,
+    run: list[tuple[str, int, Instruction]],
+    inputs: tuple[Input, ...],
+    space: str,
+    meant: tuple[str, ...],
 ) -> int | None:
-    """The smallest table that token ids of `space` are looked up in."""
-    names = {i.name for i in inputs if i.space == space and i.name in TOKENS}
+    """Rows of the smallest table that the inputs `meant` of `space` are looked up in."""
+    names = {i.name for i in inputs if i.space == space and i.name in meant}
     sizes = [
         program.weight_table[i.weights[0]].shape[0] - i["offset"]
         for _, _, i in run

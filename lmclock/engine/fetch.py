@@ -55,6 +55,7 @@ class Scheduler:
         self.waiting: list[Running] = []
         self.running: list[Running] = []
         self.preemptions = 0
+        self.suspects: list[int] = []
 
     def add(self, sequence: Running) -> None:
         """Take it into the order of arrival."""
@@ -77,6 +78,7 @@ class Scheduler:
 
     def fetch(self) -> Plan:
         """The rows of the next cycle; none when nothing is left to run."""
+        only = self._next_suspect()
         plan = Plan()
         due = [self._due(sequence) for sequence in self.running]
         singles = due.count(1)
@@ -88,14 +90,16 @@ class Scheduler:
             held = sequence.held
             assert held is not None
             ready = held.ready > held.length >= sequence.prompt_length
-            if count == 1 and ready and not sequence.source_due:
+            if only and sequence is not only:
+                pass
+            elif count == 1 and ready and not sequence.source_due:
                 # A decode row with room: most rows of most cycles, so without the calls below.
                 plan.spans.append((sequence, held.length, 1))
                 plan.picks.append(int(held.length + 1 == len(sequence.tokens)))
             elif (count == 1 or left.rows) and self._make_room(sequence, count):
                 self._grant(plan, left, sequence, count)
             at += 1
-        while self.waiting and left.rows and self._may_run():
+        while self.waiting and left.rows and self._may_run() and not only:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
@@ -105,6 +109,20 @@ class Scheduler:
                 left.rows -= 1
             self._grant(plan, left, sequence, count)
         return plan
+
+    def suspect(self, plan: Plan) -> None:
+        """The machine failed on this plan: run each of its sequences alone, to find out whose
+        fault it is.
+        """
+        self.suspects = [sequence.id for sequence, _, _ in plan.spans]
+
+    def _next_suspect(self) -> Running | None:
+        while self.suspects:
+            number = self.suspects.pop(0)
+            for sequence in self.running:
+                if sequence.id == number:
+                    return sequence
+        return None
 
     def _due(self, sequence: Running) -> int:
         """Rows of its next span."""

@@ -23,6 +23,20 @@ Receiver = Callable[[int, np.ndarray], None]
 
 
 @dataclass(frozen=True)
+class Event:
+    """News of one sequence: its new tokens, and why it ended, if it did (one of FINISHES).
+
+    stop: an end token or the sink; length: max_new_tokens, or all was computed; error: the machine
+    could not run it, and `message` says why.
+    """
+
+    sequence: int
+    tokens: tuple[int, ...] = ()
+    finish: str | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
 class Request:
     """One sequence to run.
 
@@ -34,8 +48,8 @@ class Request:
     inputs          (rows, width) for declared inputs the engine does not fill, such as token types;
                     ids not given are 0
     sink            called with each new token; False stops the sequence after it
-    ended           called with the finish, once, after the last token. Neither may raise, nor call
-                    the engine
+    ended           called once, with the last event, when the sequence holds nothing any more
+                    Neither may raise, nor call the engine
     want            value name -> receiver(position of the first row, (rows, width)), called in the
                     cycle that computes the rows; `seq` values once, after the prompt
     pick_all        pick every row of the prompt (perplexity), not only the last
@@ -50,22 +64,10 @@ class Request:
     source: Sequence[int] = ()
     inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
     sink: Sink | None = None
-    ended: Callable[[str], None] | None = None
+    ended: Callable[[Event], None] | None = None
     want: Mapping[str, Receiver] = field(default_factory=dict)
     pick_all: bool = False
     salt: bytes = b""
-
-
-@dataclass(frozen=True)
-class Event:
-    """News of one sequence: its new tokens, and why it ended, if it did (one of FINISHES).
-
-    stop: an end token or the sink; length: max_new_tokens; error: its logits could not be sampled.
-    """
-
-    sequence: int
-    tokens: tuple[int, ...] = ()
-    finish: str | None = None
 
 
 class Running:
@@ -133,10 +135,10 @@ def last_length(
             raise OptionError(
                 f"logit_bias for token {token}: valid ids: 0 to {facts.logits_width - 1}"
             )
-    return _fit(request, program, facts, cache, capacity)
+    return _fit(request, facts, cache, capacity)
 
 
-def _fit(request: Request, program: Program, facts: Facts, cache: Cache, capacity: Capacity) -> int:
+def _fit(request: Request, facts: Facts, cache: Cache, capacity: Capacity) -> int:
     prompt, new = len(request.prompt), request.max_new_tokens
     if not facts.causal and prompt > capacity.rows:
         raise ContextError(
@@ -146,7 +148,7 @@ def _fit(request: Request, program: Program, facts: Facts, cache: Cache, capacit
         raise ContextError(
             f"a prompt of {prompt} tokens must be picked in one cycle, which takes {capacity.picks}"
         )
-    limits = [(program.context, "the context of the model")] if program.context else []
+    limits = [(facts.context, "the context of the model")] if facts.context else []
     if cache.positions is not None:
         limits.append((cache.positions, "the room of the cache"))
     if facts.next is None:
@@ -192,9 +194,12 @@ def _check_source(request: Request, facts: Facts, cache: Cache, capacity: Capaci
         raise ContextError(
             f"a source of {rows} tokens must run in one cycle, which takes {capacity.rows} rows"
         )
-    room = cache.sources.size * cache.page_size
-    if cache.frozen and rows > room:
-        raise ContextError(f"a source of {rows} tokens does not fit: the cache holds {room}")
+    limits = [(facts.source_context, "the context of the encoder")] if facts.source_context else []
+    if cache.frozen:
+        limits.append((cache.sources.size * cache.page_size, "the room of the cache"))
+    if limits and rows > min(limits)[0]:
+        most, what = min(limits)
+        raise ContextError(f"a source of {rows} tokens does not fit: {what} is {most} tokens")
 
 
 def _check_inputs(request: Request, facts: Facts) -> None:

@@ -19,13 +19,11 @@ from lmclock.engine.request import Event, Running
 
 @dataclass(slots=True)
 class Outcome:
-    """Of one cycle: its events, the sequences that ended, and the counts of `Cycle`."""
+    """Of one cycle: its events and the counts of `Cycle`."""
 
     events: list[Event] = field(default_factory=list)
-    ended: list[Running] = field(default_factory=list)
     prompt_rows: int = 0
     decode_rows: int = 0
-    discarded_rows: int = 0
     retired: int = 0
 
 
@@ -37,7 +35,7 @@ def write_back(
     cache: Cache,
 ) -> Outcome:
     """Advance the plan's sequences: `sampled` has a token per picked row, `values` what was read
-    for receivers. The ended sequences still hold their cache.
+    for receivers. Sequences that ended still hold their cache.
     """
     outcome = Outcome()
     if values:
@@ -54,45 +52,27 @@ def write_back(
         else:
             outcome.decode_rows += count
         sequence.delivered = max(sequence.delivered, end)
-        if end < len(sequence.tokens):
-            cache.commit(sequence.held, sequence.tokens, end)
-            continue
-        token = sampled[at - 1] if picks and sampled and end < sequence.last else None
-        if token is not None and not 0 <= token < facts.logits_width:
-            outcome.discarded_rows += count
-            _end(outcome, sequence, (), "error")
-            continue
         cache.commit(sequence.held, sequence.tokens, end)
-        _retire(outcome, sequence, token)
+        if end < len(sequence.tokens):
+            continue
+        _retire(outcome, sequence, sampled[at - 1] if picks and end < sequence.last else None)
     return outcome
 
 
 def _retire(outcome: Outcome, sequence: Running, token: int | None) -> None:
     """Append one new token, or none, and see whether the sequence ends."""
-    if token is None:
-        _end(outcome, sequence, (), "length")
-        return
-    if token in sequence.stops:
-        _end(outcome, sequence, (), "stop")
+    if token is None or token in sequence.stops:
+        outcome.events.append(Event(sequence.id, (), "length" if token is None else "stop"))
         return
     sequence.tokens.append(token)
     if sequence.tally:
         sequence.tally.add(sequence.tokens)
     outcome.retired += 1
     sink = sequence.request.sink
-    if sink is not None and not sink(token):
-        _end(outcome, sequence, (token,), "stop")
-    elif len(sequence.tokens) >= sequence.last:
-        _end(outcome, sequence, (token,), "length")
-    else:
-        outcome.events.append(Event(sequence.id, (token,)))
-
-
-def _end(outcome: Outcome, sequence: Running, tokens: tuple[int, ...], finish: str) -> None:
-    outcome.events.append(Event(sequence.id, tokens, finish))
-    outcome.ended.append(sequence)
-    if sequence.request.ended:
-        sequence.request.ended(finish)
+    stopped = sink is not None and not sink(token)
+    over = len(sequence.tokens) >= sequence.last
+    finish = "stop" if stopped else "length" if over else None
+    outcome.events.append(Event(sequence.id, (token,), finish))
 
 
 def deliver(plan: Plan, values: Mapping[str, np.ndarray], facts: Facts) -> None:
