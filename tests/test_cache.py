@@ -22,7 +22,7 @@ PAGE = 4
 
 def opened(cache: Cache, tokens: list[int], **options: object) -> Held:
     """A sequence whose tokens are all written."""
-    held = cache.open(tokens, **options)  # type: ignore[arg-type]
+    held = cache.open(tokens, **options)
     assert held is not None
     cache.commit(held, tokens, len(tokens))
     return held
@@ -78,7 +78,7 @@ def test_salts_and_histories_keep_prefixes_apart() -> None:
 
 def test_no_reuse_when_it_is_off_or_states_are_fixed() -> None:
     for options in ({"reuse": False}, {"fixed": True}):
-        cache = Cache(4, PAGE, 16, **options)  # type: ignore[arg-type]
+        cache = Cache(4, PAGE, 16, **options)
         opened(cache, list(range(9)))
         held = cache.open(list(range(9)))
         assert held is not None and held.length == 0
@@ -185,7 +185,7 @@ class CacheMachine(RuleBasedStateMachine):
         """What a cycle does: copies, then the rows from held.length on."""
         for kind, source, target in self.cache.take_copies():
             store = self.bytes if kind == "paged" else self.slots
-            store[target] = list(store[source])  # type: ignore[index]
+            store[target] = list(store[source])
         for position in range(held.length, length):
             page = held.pages[position // PAGE]
             assert self.cache.pool.references[page] == 1
@@ -248,7 +248,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check()
         for kind, source, target in self.cache.take_copies():
             store = self.bytes if kind == "paged" else self.slots
-            store[target] = list(store[source])  # type: ignore[index]
+            store[target] = list(store[source])
         for held, tokens in self.tokens.items():
             read = [self.bytes[held.table[p // PAGE]][p % PAGE] for p in range(held.length)]
             assert read == [tokens[: p + 1] for p in range(held.length)]

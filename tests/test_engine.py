@@ -144,7 +144,7 @@ def test_a_sequence_the_machine_fails_on_ends_alone() -> None:
             raise LmclockError("logits cannot be sampled")
         return ticks
 
-    of.machine.run = failing  # type: ignore[method-assign]
+    of.machine.run = failing
     ended: list[Event] = []
     numbers = [of.add(replace(r, ended=ended.append)) for r in requests]
     want = {n: expected(r) for n, r in zip(numbers, requests, strict=True)}
@@ -186,7 +186,7 @@ def test_salts_and_other_sources_share_nothing() -> None:
     for kind, changed in (("paged", {"salt": b"b"}), ("encoder", {"source": ids(7)})):
         of = engine(kind)
         total = []
-        of.on_cycle = lambda c, total=total: total.append(c.prompt_rows)  # type: ignore[misc]
+        of.on_cycle = lambda c, total=total: total.append(c.prompt_rows)
         first = {"source": ids(6)} if kind == "encoder" else {"salt": b"a"}
         for options in (first, changed, first):
             of.add(Request(ids(12), 0, **options))
@@ -260,7 +260,7 @@ def test_a_prompt_as_long_as_the_context_leaves_room_or_is_refused() -> None:
         (Request([]), OptionError, "prompt is empty"),
         (Request([1, 13]), OptionError, "token id 13 in the prompt; valid: 0 to 12"),
         (Request([1, -1]), OptionError, "token id -1"),
-        (Request([1.5]), OptionError, "whole token ids"),  # type: ignore[list-item]
+        (Request([1.5]), OptionError, "whole token ids"),
         (Request(ids(60), 5), ContextError, "60 tokens and 5 new ones .* context .* 64 tokens"),
         (Request(ids(65)), ContextError, "65 tokens does not fit"),
         (Request([1], -1), OptionError, "max_new_tokens=-1"),
@@ -268,7 +268,7 @@ def test_a_prompt_as_long_as_the_context_leaves_room_or_is_refused() -> None:
         (Request([1], True), OptionError, "max_new_tokens=True"),
         (Request([1], source=[1]), OptionError, "no encoder, so 1 source tokens"),
         (Request([1], inputs={"types": np.zeros((1, 1))}), OptionError, "'types'.* valid: none"),
-        (Request([1], want={"nought": print}), OptionError, "want='nought'"),  # type: ignore
+        (Request([1], want={"nought": print}), OptionError, "want='nought'"),
         (Request([1], 1, Sampling(logit_bias={13: 1})), OptionError, "token 13: valid ids: 0 to 1"),
     ],
 )
@@ -304,7 +304,7 @@ def spans_of(of: Engine) -> dict[int, list[tuple[int, int]]]:
             spans.setdefault(sequence.id, []).append((first, count))
         return plan
 
-    of.scheduler.fetch = recorded  # type: ignore[method-assign]
+    of.scheduler.fetch = recorded
     return spans
 
 

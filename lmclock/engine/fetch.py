@@ -56,6 +56,11 @@ class Scheduler:
         self.running: list[Running] = []
         self.preemptions = 0
         self.suspects: list[int] = []
+        self._refused = (
+            -1,
+            0,
+            0,
+        )  # a sequence, the room and the number running when it had to wait
 
     def add(self, sequence: Running) -> None:
         """Take it into the order of arrival."""
@@ -179,7 +184,13 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Running) -> bool:
-        """Move the first waiting sequence to the running ones, if there is room."""
+        """Move the first waiting sequence to the running ones, if there is room.
+
+        Looking for its prefix takes a hash for each page, so it is not done again for nothing.
+        """
+        number, room, running = self._refused
+        if number == sequence.id and room >= self.cache.room and running <= len(self.running):
+            return False
         held = self.cache.open(
             sequence.tokens,
             source=len(sequence.request.source),
@@ -188,6 +199,7 @@ class Scheduler:
             spare=len(self.running),
         )
         if held is None:
+            self._refused = (sequence.id, self.cache.room, len(self.running))
             return False
         del self.waiting[0]
         sequence.held = held
