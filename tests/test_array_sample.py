@@ -105,6 +105,12 @@ def test_what_the_filters_keep(settings: dict[str, float], want: list[int]) -> N
     assert list(kept_ids(x, one(**settings))) == want
 
 
+def test_equal_probabilities_of_different_logits_are_a_tie() -> None:
+    x = np.array([0.0, 1e-17])
+    assert list(kept_ids(x, one(top_k=1))) == [1]
+    assert list(kept_ids(x, one(top_p=0.5))) == [0]
+
+
 def test_penalties_come_before_biases() -> None:
     x = np.array([3.0, -3.0, 1.0, 0.5], np.float32)
     adjust = records((0, 0, 2, 0.25), (0, 1, 1, 0), (0, 3, 0, -2))

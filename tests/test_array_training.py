@@ -136,6 +136,20 @@ def test_gradients_are_the_slopes(body: str, end: str) -> None:
         assert slope == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-7), name
 
 
+@on_both
+def test_an_lstm_in_training_starts_from_zeros_and_leaves_its_state(namespace: str) -> None:
+    program = op_program("lstm y, x, hc[0], a, b\nlstm z, x, a, b",
+                         "input x tok f32 width=2\nweight a 12x2 f32\nweight b 12x3 f32\n"
+                         "state hc[1] fixed width=6", "train")  # fmt: skip
+    machine = loaded(program, random_weights(program), namespace)
+    machine.scope.states["hc[0]"][...] = 0.5
+    machine.bind(batch_of(program, [(3, 4)], x=numbers(4, 2)))
+    machine.run("train")
+    machine.commit()
+    np.testing.assert_array_equal(machine.read("y"), machine.read("z"))
+    assert (machine.scope.states["hc[0]"] == 0.5).all()
+
+
 def test_rounding_lets_the_gradient_through() -> None:
     for act in ("q8_32", "bf16"):
         grads = []
