@@ -11,10 +11,9 @@
     copy(state, pairs)                 copy pages (or slots) of a state, for fork and copy-on-write
 
 Forking, truncating and freeing sequences is bookkeeping of page numbers, done in cache.py; the
-machine owns the bytes and
-only ever copies. A paged state needs no truncation (positions past the end are overwritten); a
-fixed one is copied to a
-spare slot where a way back is wanted.
+machine owns the bytes and only ever copies. A paged state needs no truncation (positions past the
+end are overwritten); a fixed one is copied to a spare slot where a way back is wanted. Nothing is
+ever cleared: a sequence whose first row stands at position 0 starts from zeros in its fixed states.
 """
 
 from __future__ import annotations
