@@ -185,7 +185,7 @@ def _byte_level(
         spelling="byte_level",
         add_bos=split.add_bos and bos is not None,
     )
-    hidden = {"", *(pieces[token] for token in special)}
+    hidden = {pieces[token] for token in special}
     tokenizer = Tokenizer(build_bpe(ids, _pairs(merges), hidden, ignore_merges=split.ignore_merges))
     stages = [pre_tokenizers.Split(Regex(stage), "isolated") for stage in split.stages]
     alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -241,7 +241,7 @@ def _sentencepiece(
         for piece, at in ids.items()
         if at not in special and not (piece.startswith("<0x") and byte_named(piece) is not None)
     }
-    hidden = {"", *(pieces[token] for token in special if token != unknown)}
+    hidden = {pieces[token] for token in special if token != unknown}
     tokenizer = Tokenizer(
         build_bpe(
             ids,

@@ -9,6 +9,7 @@ reads one JSON object a line and answers with one. It imports nothing of lmclock
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from datetime import datetime
@@ -27,6 +28,7 @@ class Refused(Exception):
 
 def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])
+    os.putenv("RUST_BACKTRACE", "0")  # a failed allocation would spend a second on writing one
     answers, environment = sys.stdout.buffer, None
     for line in sys.stdin.buffer:
         request = json.loads(line)
@@ -46,6 +48,7 @@ def compiled(source: str) -> tuple[Any, dict[str, str]]:
         fuel=FUEL, trim_blocks=True, lstrip_blocks=True, debug=False, pycompat=True
     )
     environment.add_filter("tojson", tojson)
+    environment.add_filter("trim", trim)
     environment.add_global("raise_exception", refuse)
     environment.remove_global("debug")
     with limits(len(source)):
@@ -96,6 +99,11 @@ def first_line(error: Exception) -> str:
 
 def refuse(message: object = "") -> None:
     raise Refused(str(message)[:1000])
+
+
+def trim(value: object, characters: str | None = None) -> str:
+    """Python's idea of a space, which templates were written against, has four more characters."""
+    return str(value).strip(characters)
 
 
 def tojson(

@@ -185,7 +185,7 @@ def build_bpe(
     from tokenizers.models import BPE
 
     vocab = dict(vocab)
-    for piece in special:
+    for piece in ("", *special):
         vocab.pop(piece, None)
     if continues:
         options["continuing_subword_prefix"] = continues
