@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from lmclock.batch import ADJUST
-from lmclock.errors import LmclockError
+from lmclock.errors import LmclockError, ProgramError
 from lmclock.machines.array_sample import adjusted, draw_id, kept_ids, sample_row, uniform
 from tests.helpers import Runner, greedy, on_both, op_program, sampling, stored
 
@@ -177,6 +178,13 @@ def test_every_row_has_its_own_settings(namespace: str) -> None:
         runner.machine.run("step")
         third = sampled_literally([0, 0, 0, 1.0], settings[2])
         assert runner.machine.read("next").ravel().tolist() == [2, 3, third]
+    for change, message in (
+        ({"sampling": settings[:2]}, "3 rows need as many sampling records, not 2"),
+        ({"adjust": records((1, 4, 0, 0.0))}, "token 4 to adjust is none; valid: 0 to 3"),
+    ):
+        runner.machine.bind(replace(batch, **change))
+        with pytest.raises(ProgramError, match=message):
+            runner.machine.run("step")
 
 
 def test_u_has_53_bits() -> None:

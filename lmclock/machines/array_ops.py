@@ -219,6 +219,11 @@ def experts(m: Scope, i: Instruction, x: Array, p: Array, e: Array) -> Array:
 def sample(m: Scope, i: Instruction, logits: Array) -> Array:
     """On the host: the rule of array_sample.py, row by row."""
     rows, adjust = m.numpy(logits), m.batch.adjust
+    if len(m.batch.sampling) != len(rows):
+        raise ProgramError(
+            f"sample {i.outs[0]}: {len(rows)} rows need as many sampling records, "
+            f"not {len(m.batch.sampling)}"
+        )
     tokens = [
         sample_row(x, m.batch.sampling[r], adjust[adjust["row"] == r]) for r, x in enumerate(rows)
     ]

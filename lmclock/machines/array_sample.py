@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lmclock.errors import LmclockError
+from lmclock.errors import LmclockError, ProgramError
 
 _MASK = (1 << 64) - 1
 
@@ -36,6 +36,8 @@ def adjusted(logits: np.ndarray, settings: np.void, adjust: np.ndarray) -> np.nd
     x = logits.astype(np.float64)
     for record in adjust:
         token, count = int(record["id"]), int(record["count"])
+        if not 0 <= token < len(x):
+            raise ProgramError(f"token {token} to adjust is none; valid: 0 to {len(x) - 1}")
         if count > 0:
             factor = float(settings["repetition"])
             x[token] = x[token] / factor if x[token] > 0 else x[token] * factor
