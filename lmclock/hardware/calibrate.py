@@ -27,7 +27,7 @@ from lmclock.batch import Batch, Rows
 from lmclock.errors import FileError, OptionError
 from lmclock.hardware.limits import Limits, Measured
 from lmclock.listing import parse
-from lmclock.machines import Capacity, create
+from lmclock.machines import Capacity, Machine, create
 from lmclock.passes import optimise
 
 FOOTPRINTS = tuple(1 << k for k in range(18, 30))  # 256 KiB to 512 MiB
@@ -195,11 +195,10 @@ class _Crew:
         self.start.wait()
 
 
-def _step(threads: int, path: str, repetitions: int) -> Measured:
-    """Seconds of an instruction that has next to nothing to do: dispatch, barrier, one small
-    row.
+def idle_machine(threads: int, path: str | None = None, count: int = 256) -> Machine:
+    """A native machine bound to one small row, whose `step` is `count` instructions that have next
+    to nothing to do.
     """
-    count = 256
     text = 'program step "step"\ninput x tok f32 width=16\nsection step\n'
     text += "".join(
         f"act x.{k + 1}, {'x' if k == 0 else f'x.{k}'} kind=relu\n" for k in range(count)
@@ -208,6 +207,15 @@ def _step(threads: int, path: str, repetitions: int) -> Measured:
     machine.load(optimise(parse(text), 0), {}, Capacity(rows=1, picks=1, slots=1))
     rows = Rows.of([(0, 1)])
     machine.bind(Batch({"tok": rows}, {"x": np.ones((1, 16), np.float32)}, np.zeros(1, np.int32)))
+    return machine
+
+
+def _step(threads: int, path: str, repetitions: int) -> Measured:
+    """Seconds of an instruction that has next to nothing to do: dispatch, barrier, one small
+    row.
+    """
+    count = 256
+    machine = idle_machine(threads, path, count)
     rates = []
     for _ in range(max(repetitions, 3) * 4):
         ticks = machine.run("step")
