@@ -9,7 +9,6 @@ reads one JSON object a line and answers with one. It imports nothing of lmclock
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import contextmanager
 from datetime import datetime
@@ -28,7 +27,6 @@ class Refused(Exception):
 
 def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])
-    os.putenv("RUST_BACKTRACE", "0")  # a failed allocation would spend a second on writing one
     answers, environment = sys.stdout.buffer, None
     for line in sys.stdin.buffer:
         request = json.loads(line)
