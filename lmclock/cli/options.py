@@ -91,6 +91,12 @@ def program_options(function: Function) -> Function:
     )  # fmt: skip
 
 
+machine_option = click.option(
+    "--machine", type=click.Choice(list(MACHINES)), default="native", show_default=True,
+    help="What runs the program.",
+)  # fmt: skip
+
+
 def model_options(function: Function) -> Function:
     """`program_options` and what a machine needs: one `loading` that can `load()`."""
 
@@ -104,10 +110,7 @@ def model_options(function: Function) -> Function:
     return program_options(
         _with(
             command,
-            click.option(
-                "--machine", type=click.Choice(list(MACHINES)), default="native",
-                show_default=True, help="What runs the program.",
-            ),
+            machine_option,
             click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads."),
             click.option(
                 "-c", "--ctx-size", "context", type=click.IntRange(0), default=0,

@@ -1,0 +1,59 @@
+"""llama.cpp through the C interface of llama-cpp-python: one context, its forward passes only."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import llama_cpp as c
+import numpy as np
+
+# Silences the log; kept here because the library does not keep it alive.
+_QUIET = c.llama_log_callback(lambda level, text, data: None)
+
+
+class Llama:
+    """A model and a context for one sequence; keys and values in f16, as is its default."""
+
+    def __init__(self, path: str, threads: int, flash: bool, context: int, batch: int) -> None:
+        c.llama_log_set(_QUIET, ctypes.c_void_p(0))
+        c.llama_backend_init()
+        self.model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
+        assert self.model, f"llama.cpp cannot load {path}"
+        options = c.llama_context_default_params()
+        options.n_ctx = context
+        options.n_batch = options.n_ubatch = batch
+        options.n_threads = options.n_threads_batch = threads
+        options.flash_attn_type = (
+            c.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else c.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        self.context = c.llama_init_from_model(self.model, options)
+        assert self.context, "llama.cpp cannot make a context"
+        self.vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
+
+    def clear(self) -> None:
+        """Forget every position, without touching the memory that held them."""
+        c.llama_memory_clear(c.llama_get_memory(self.context), False)
+
+    def decode(self, tokens: Any, count: int) -> None:
+        """Go on with a ctypes array of ids; logits of the last one are computed."""
+        done = c.llama_decode(self.context, c.llama_batch_get_one(tokens, count))
+        assert done == 0, f"llama_decode returned {done}"
+        c.llama_synchronize(self.context)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """(tokens, vocabulary) of a sequence of its own."""
+        count = len(ids)
+        batch = c.llama_batch_init(count, 0, 1)
+        batch.n_tokens = count
+        for n, token in enumerate(ids):
+            batch.token[n], batch.pos[n], batch.logits[n] = token, n, 1
+            batch.n_seq_id[n], batch.seq_id[n][0] = 1, 0
+        self.clear()
+        done = c.llama_decode(self.context, batch)
+        assert done == 0, f"llama_decode returned {done}"
+        found = np.ctypeslib.as_array(c.llama_get_logits(self.context), (count, self.vocabulary))
+        copy = found.copy()
+        c.llama_batch_free(batch)
+        return copy

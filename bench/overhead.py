@@ -1,0 +1,180 @@
+"""What the clock costs, twice: ticks taken times the cost of a tick, and the same decode with the
+native machine's ticks compiled in and out.
+
+    python -m bench.overhead [--pairs 30]
+
+Both builds are made here from the same sources, in folders of their own. A pair alternates short
+decodes of both, several of each, and compares their medians.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import math
+import statistics
+import subprocess
+import sys
+import timeit
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from bench.common import MODEL, ROOT, Job, Worker, machine, publish, serve, table
+from lmclock import settings
+
+if TYPE_CHECKING:
+    from lmclock.cycle import Cycle
+
+TOKENS = 32  # of one decode
+ALTERNATIONS = 6  # decodes of each build in a pair
+RESAMPLES = 10_000
+MOST = 0.01  # overhead allowed
+BUILDS = {"in": "ON", "out": "OFF"}
+
+
+@click.command(help=__doc__)
+@click.option("--pairs", type=click.IntRange(2), default=30, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=settings.threads)
+@click.option("--dry", is_flag=True, help="Print only.")
+@click.option("--worker", hidden=True)
+def main(pairs: int, threads: int, dry: bool, worker: str | None) -> None:
+    if worker:
+        serve(lambda: build_jobs(worker, threads))
+        return
+    workers = {name: Worker("bench.overhead", str(build(name)), threads=threads) for name in BUILDS}
+    differences = [pair(workers, number) for number in range(pairs + 1)][1:]
+    counted = {job: workers["in"].ask(job) for job in ("cycle", "ticks", "tick", "stamp")}
+    for one in workers.values():
+        one.close()
+    publish("overhead", report(counted, differences, threads), dry)
+
+
+def build(name: str) -> Path:
+    """The extension with the ticks compiled in or out, built anew where a source changed."""
+    folder = ROOT / "build" / f"clock-{name}"
+    # SKBUILD: without it the build would be copied over the extension in the tree.
+    tools = Path(sys.executable).parent
+    configure = [
+        *("-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+        *(f"-DLMCLOCK_CLOCK={BUILDS[name]}", "-DSKBUILD=ON"),
+        *(f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", f"-DPython_EXECUTABLE={sys.executable}"),
+    ]
+    for arguments in (configure, ["--build", str(folder)]):
+        subprocess.run([str(tools / "cmake"), *arguments], check=True, stdout=sys.stderr)
+    (found,) = folder.glob("_native*" + importlib.machinery.EXTENSION_SUFFIXES[0])
+    return found
+
+
+def use(extension: Path) -> None:
+    """Make a build of the extension the one that lmclock imports."""
+    import lmclock
+
+    spec = importlib.util.spec_from_file_location("lmclock._native", extension)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["lmclock._native"] = module
+    spec.loader.exec_module(module)
+    lmclock._native = module
+
+
+def build_jobs(extension: str, threads: int) -> tuple[Mapping[str, Any], Mapping[str, Job]]:
+    """decode: seconds of a decode; and what the counted overhead is made of, see `report`."""
+    use(Path(extension))
+    import lmclock._native as native
+
+    from lmclock.model import load
+    from lmclock.reports.bench import seconds
+
+    model = load(MODEL, threads=threads, context=2 * TOKENS)
+
+    def cycles(tokens: int) -> tuple[Cycle, ...]:
+        return model.generate([0], max_new_tokens=tokens, temperature=0, ignore_eos=True).cycles
+
+    def decode() -> float:
+        return seconds(cycles(TOKENS), model.machine.traits)
+
+    def ticks() -> float:
+        return float(sum(run.ticks.table[:, 0].size for run in cycles(1)[0].runs))
+
+    return {}, {
+        "decode": decode,
+        "cycle": lambda: decode() / TOKENS,
+        "ticks": ticks,
+        "tick": tick_seconds,
+        "stamp": lambda: min(timeit.repeat(native.ticks, number=10_000)) / 10_000,
+    }
+
+
+def tick_seconds() -> float:
+    """Seconds of a tick, a little too many: on one thread no more than a tick and the loop to the
+    next instruction lie between the end stamp of one and the begin stamp of the next.
+    """
+    from lmclock.hardware.calibrate import idle_machine
+
+    one = idle_machine(threads=1)
+    gaps = []
+    for _ in range(100):
+        stamps = one.run("step").table[:, 0]
+        gaps.append(np.median(stamps[1:, 0] - stamps[:-1, 1]))
+    one.close()
+    return float(np.median(gaps)) / one.traits.tick_rate
+
+
+def pair(workers: Mapping[str, Worker], number: int) -> float:
+    """How much longer a decode takes with the ticks, as a fraction."""
+    order = list(workers) if number % 2 else list(workers)[::-1]
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(ALTERNATIONS):
+        for name in order:
+            seconds[name].append(workers[name].ask("decode"))
+    print(f"pair {number}", file=sys.stderr)
+    return statistics.median(seconds["in"]) / statistics.median(seconds["out"]) - 1
+
+
+def upper_bound(differences: list[float], seed: int = 0) -> float:
+    """The 95 % upper bound of the mean by bootstrap."""
+    values = np.array(differences)
+    draw = np.random.default_rng(seed)
+    means = values[draw.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
+    return float(np.quantile(means, 0.95))
+
+
+def report(counted: Mapping[str, float], differences: list[float], threads: int) -> str:
+    """The section of the document."""
+    inside = counted["ticks"] * counted["tick"]
+    outside = 5 * counted["stamp"]  # the engine's, one where each stage begins and one at the end
+    share = (inside + outside) / counted["cycle"]
+    mean, bound = statistics.mean(differences), upper_bound(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    rows = [
+        ("a cycle (decode, one sequence)", f"{1e3 * counted['cycle']:.3f} ms"),
+        ("ticks a thread takes in it", f"{counted['ticks']:.0f}"),
+        ("cost of such a tick, at most", f"{1e9 * counted['tick']:.1f} ns"),
+        ("stamps the engine takes in it", "5"),
+        ("cost of such a stamp", f"{1e9 * counted['stamp']:.0f} ns"),
+        ("**overhead, counted**", f"{100 * share:.2f} %"),
+        (f"difference over {len(differences)} pairs, mean",
+         f"{100 * mean:+.2f} % ± {100 * error:.2f} %"),
+        ("**its 95 % upper bound**", f"{100 * bound:+.2f} %"),
+    ]  # fmt: skip
+    verdict = "within" if share <= MOST and bound <= MOST else "not shown to be within"
+    return "\n\n".join([
+        f"## What the clock costs\n\n{machine(threads)}",
+        METHOD.format(alternations=ALTERNATIONS, tokens=TOKENS, resamples=RESAMPLES),
+        table(["", "SmolLM2, packaged Q4_1"], rows),
+        f"The clock's overhead is {verdict} {100 * MOST:.0f} %.",
+    ])  # fmt: skip
+
+
+METHOD = """Counted: ticks taken in a cycle times what one costs. Measured: the native machine \
+built with its ticks compiled in and out, pairs of the median of {alternations} decodes of \
+{tokens} tokens by each build, alternating; the bound is a bootstrap of the mean over the pairs \
+({resamples} resamples). The engine's stamps are in both builds, so only the count has them."""
+
+
+if __name__ == "__main__":
+    main()
