@@ -40,7 +40,7 @@ def test_a_batch_gives_what_each_sequence_gives_alone(kind: str) -> None:
     assert results(of) == {n: expected(r) for n, r in zip(numbers, requests, strict=True)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "whole"))
 @pytest.mark.parametrize("invariant", (False, True))
 def test_preempted_sequences_end_with_the_same_tokens(kind: str, invariant: bool) -> None:
     of = engine(kind, tokens=40, invariant=invariant)
