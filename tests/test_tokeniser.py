@@ -202,7 +202,7 @@ def test_what_is_no_unicode_text_is_refused(text: Any) -> None:
 
 @pytest.mark.parametrize("unit", ["a", " ", "A", "\n", "!", "中", "aA", "1"])
 def test_one_endless_word_is_encoded(unit: str) -> None:
-    text = unit * (200_000 // len(unit))
+    text = unit * (60_000 // len(unit))
     for tokeniser in (ours("smollm"), ours("tekken"), sentencepiece(True)[1]):
         assert tokeniser.decode(tokeniser.encode(text)) == text
 

@@ -95,6 +95,16 @@ def test_damaged_sentencepiece_metadata() -> None:
     for metadata, message in faults:
         with pytest.raises(FileError, match=message):
             from_gguf(metadata)
+    long = [*good["tokenizer.ggml.tokens"], *(f"{at:04d}" + "x" * 4000 for at in range(100))]
+    with pytest.raises(FileError, match="pieces are too long"):
+        from_gguf(
+            {
+                **good,
+                "tokenizer.ggml.tokens": long,
+                "tokenizer.ggml.scores": [0.0] * len(long),
+                "tokenizer.ggml.token_type": good["tokenizer.ggml.token_type"] + [1] * 100,
+            }
+        )
     _, bare = sentencepiece_metadata(True, fallback=False)
     bare["tokenizer.ggml.unknown_token_id"] = None
     with pytest.raises(FileError, match="neither byte tokens nor"):

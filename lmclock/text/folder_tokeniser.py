@@ -3,12 +3,15 @@
 `tokenizer.json` holds the vocabulary and the pipeline; `tokenizer_config.json` and
 `special_tokens_map.json` say which tokens begin and end a text, `generation_config.json` (or
 `config.json`) which end a reply, `chat_template.jinja` or the config how turns are written. Nothing
-else is opened, and no code of the folder is run.
+else is opened, and no code of the folder is run. Special tokens are found in the text as written,
+never in what a normaliser made of it.
 """
 
 from __future__ import annotations
 
 import json
+import stat
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,9 +44,9 @@ def from_folder(folder: str | Path) -> Tokeniser:
     generation = _read(folder / "generation_config.json") or {}
     if generation.get("eos_token_id") is None:
         generation = _read(folder / "config.json") or {}
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        config["chat_template"] = _text(jinja)
+    jinja = _text(folder / "chat_template.jinja")
+    if jinja is not None:
+        config["chat_template"] = jinja
     try:
         return _build(document, config, generation)
     except (FileError, UnsupportedError) as error:
@@ -52,25 +55,28 @@ def from_folder(folder: str | Path) -> Tokeniser:
         raise FileError(f"{folder / 'tokenizer.json'} is nested too deeply") from None
 
 
-def _text(path: Path) -> str:
-    """A small text file, whole; only regular files are opened."""
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise FileError(f"{path} has {size} bytes; valid: at most {MAX_JSON_BYTES}")
+def _text(path: Path) -> str | None:
+    """A text file, whole, None if there is none; only regular files are opened."""
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise FileError(f"{path} is not a regular file")
+        if found.st_size > MAX_JSON_BYTES:
+            raise FileError(f"{path} has {found.st_size} bytes; valid: at most {MAX_JSON_BYTES}")
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path} cannot be read: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file, None if there is no such file."""
-    if not path.is_file():
-        if path.exists():
-            raise FileError(f"{path} is not a regular file")
+    text = _text(path)
+    if text is None:
         return None
     try:
-        found = json.loads(_text(path), object_pairs_hook=_object)
+        found = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
@@ -82,8 +88,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object without repeated keys; a vocabulary with one would lose a token."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for at, key in enumerate(keys) if keys.index(key) != at)
+        counted = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counted.items() if count > 1)
         raise ValueError(f"the key {twice!r:.60} is there twice")
     return found
 

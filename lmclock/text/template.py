@@ -37,7 +37,10 @@ WORKER = Path(__file__).with_name("template_worker.py")
 
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 RESERVED = frozenset(
-    ("messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now", "tojson")
+    {
+        *("messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"),
+        *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"),
+    }
 )
 
 CHATML = (
@@ -89,7 +92,7 @@ class Template:
         names some templates know. OptionError for messages the template refuses or that are not
         plain data, FileError for a template that is wrong or that does not end.
         """
-        _check(messages, variables, self._specials)
+        _check(messages, variables)
         given = {"messages": messages, "tools": tools, **variables}
         given["add_generation_prompt"] = add_generation_prompt
         try:
@@ -136,13 +139,15 @@ class Template:
                     self._drop()
                     self._worker = _Worker(self.source)
                 answer = self._worker.ask(line)
-            except (OSError, EOFError, FileError) as error:
+            except (OSError, EOFError):
                 self._drop()
-                if isinstance(error, FileError):
-                    raise
                 raise FileError(
                     "the chat template was stopped: it took more time or memory than it may have"
                 ) from None
+            except BaseException:
+                # Ctrl-C too: an answer not read would be taken for the next one.
+                self._drop()
+                raise
         if "refused" in answer:
             raise OptionError(f"the chat template refuses these messages: {answer['refused']}")
         if "error" in answer:
@@ -211,7 +216,7 @@ def _as_condition(tag: re.Match[str]) -> str:
     return f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}"
 
 
-def _check(messages: object, variables: Mapping[str, Any], specials: Specials) -> None:
+def _check(messages: object, variables: Mapping[str, Any]) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise OptionError(f"messages is a {type(messages).__name__}; valid: a list of messages")
     for at, message in enumerate(messages):
@@ -220,7 +225,7 @@ def _check(messages: object, variables: Mapping[str, Any], specials: Specials) -
                 f"message {at} is {message!r:.60}; valid: a mapping with a text `role`"
             )
     for name in variables:
-        if name in RESERVED or name in specials.named:
+        if name in RESERVED:
             raise OptionError(f"the template variable {name!r} is set by lmclock, not by a caller")
 
 

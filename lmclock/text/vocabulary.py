@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 1 << 22
 MAX_TOKEN_LENGTH = 4096  # characters; the longest of published vocabularies are runs of spaces
+MAX_CUTS = 1 << 28  # characters in all cuts of all pieces; Gemma's 256k pieces have 2^24
 SPELLINGS = ("byte_level", "metaspace", "words")
 SPACE = "\u2581"  # how SentencePiece spells a space
 
@@ -162,6 +163,9 @@ def derive_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     equals. So each way to cut a piece into two others is a merge, ranked by the piece's score. Cuts
     of one piece compete only where they overlap; the longer left part starts further left.
     """
+    work = sum(len(piece) ** 2 for piece in scores)
+    if work > MAX_CUTS:
+        raise FileError(f"the pieces are too long to be merged from others: {work} > {MAX_CUTS}")
     ordered = sorted(scores, key=scores.__getitem__, reverse=True)
     return [
         (piece[:cut], piece[cut:])
@@ -220,7 +224,8 @@ def library_errors(what: str, kind: type[LmclockError] = FileError) -> Iterator[
         kinds = (Exception, TypeError, ValueError, OverflowError)
         if type(error) not in kinds and type(error).__name__ != "PanicException":
             raise
-        raise kind(f"{what}: {str(error).splitlines()[0][:200]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise kind(f"{what}: {reason[:200]}") from None
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Iterable[tuple[Special, bool]]) -> None:
