@@ -111,10 +111,9 @@ int64_t panel_bytes(Layout layout, int64_t width) {
 
 int64_t act_row_bytes(Act act, int64_t width) {
   if (act == Act::none) return 4 * width;
-  // q8_32: see record.h
-  const int64_t bytes = act == Act::bf16 ? 2 * (width + 1)
-                                         : (width + 63) / 64 * 64 + width / kRoundBlock * (16 + 8);
-  return ((bytes + kAlign - 1) / kAlign | 1) * kAlign;
+  // q8_32: one line per block, see record.h
+  const int64_t lines = act == Act::bf16 ? (2 * width + 2 + kAlign - 1) / kAlign : width / kRoundBlock;
+  return (lines | 1) * kAlign;
 }
 
 const std::vector<const Kernels*>& available_kernels() {

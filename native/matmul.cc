@@ -44,7 +44,7 @@ void compute(const Product& p, int64_t panel, int64_t row, int size, float* out)
                          static_cast<const uint8_t*>(p.x->data) + row * p.x->stride, p.x->stride,
                          p.w->width, out};
   if (p.tiles) return p.tiles->by_rows[size](args);
-  tile_f32(p.w->layout, p.x->act, args, kTileRows[size]);
+  tile_f32(p.w->layout, p.x->act, args, size);
 }
 
 int outputs_in(const Matrix& w, int64_t panel) {

@@ -51,30 +51,33 @@ LM_INLINE void accumulate(const TileArgs& args) {
   unroll<T>([&](auto t) LM_LAMBDA { store(args.out + 16 * t, acc[t]); });
 }
 
-template <class W, int T>
-void tile(const TileArgs& args) {
-  std::memset(args.out, 0, 64 * T);
-  accumulate<W, T>(args);
-}
+template <class W>
+struct Float {
+  template <int T>
+  static void tile(const TileArgs& args) {
+    std::memset(args.out, 0, 64 * T);
+    accumulate<W, T>(args);
+  }
+};
+
+struct Bf16Pairs {
+  template <int T>
+  static void tile(const TileArgs& args) {
+    f32x16 acc[T];
+    unroll<T>([&](auto t) LM_LAMBDA { acc[t] = splat(0.0f); });
+    const uint8_t* x = args.x;
+    const uint8_t* end = args.panel + (args.width + 1) / 2 * 64;
+    for (const uint8_t* w = args.panel; w < end; w += 64, x += 4) {
+      const i32x16 pair = load_i(w);
+      unroll<T>([&](auto t) LM_LAMBDA { acc[t] = dot_bf16(acc[t], pair, x + t * args.x_stride); });
+    }
+    unroll<T>([&](auto t) LM_LAMBDA { store(args.out + 16 * t, acc[t]); });
+  }
+};
 
 template <class W>
-constexpr Tiles kTiles = {{tile<W, 16>, tile<W, 8>, tile<W, 4>, tile<W, 2>, tile<W, 1>}};
-
-template <int T>
-void tile_bf16(const TileArgs& args) {
-  f32x16 acc[T];
-  unroll<T>([&](auto t) LM_LAMBDA { acc[t] = splat(0.0f); });
-  const uint8_t* x = args.x;
-  const uint8_t* end = args.panel + (args.width + 1) / 2 * 64;
-  for (const uint8_t* w = args.panel; w < end; w += 64, x += 4) {
-    const i32x16 pair = load_i(w);
-    unroll<T>([&](auto t) LM_LAMBDA { acc[t] = dot_bf16(acc[t], pair, x + t * args.x_stride); });
-  }
-  unroll<T>([&](auto t) LM_LAMBDA { store(args.out + 16 * t, acc[t]); });
-}
-
-constexpr Tiles kBf16Tiles = {
-    {tile_bf16<16>, tile_bf16<8>, tile_bf16<4>, tile_bf16<2>, tile_bf16<1>}};
+constexpr Tiles kTiles = make_tiles<Float<W>>();
+constexpr Tiles kBf16Tiles = make_tiles<Bf16Pairs>();
 
 constexpr int64_t kChunk = 256;  // k at a time: weights 16 KB and 16 rows of activations 16 KB fit in L1
 
@@ -86,7 +89,7 @@ void chunks_f32(Layout layout, Act act, const TileArgs& args) {
     const int64_t n = args.width - k0 < kChunk ? args.width - k0 : kChunk;
     dequantise(layout, args.panel, k0, n, w);
     for (int t = 0; t < T; ++t)
-      activations_f32(act, args.x + t * args.x_stride, args.width, k0, n, x + t * kChunk);
+      activations_f32(act, args.x + t * args.x_stride, k0, n, x + t * kChunk);
     accumulate<F32, T>({reinterpret_cast<const uint8_t*>(w), reinterpret_cast<const uint8_t*>(x),
                         4 * kChunk, n, args.out});
   }
@@ -104,14 +107,10 @@ const Tiles& float_tiles(Layout layout) {
 
 const Tiles& bf16_tiles() { return kBf16Tiles; }
 
-void tile_f32(Layout layout, Act act, const TileArgs& args, int rows) {
-  switch (rows) {
-    case 16: return chunks_f32<16>(layout, act, args);
-    case 8: return chunks_f32<8>(layout, act, args);
-    case 4: return chunks_f32<4>(layout, act, args);
-    case 2: return chunks_f32<2>(layout, act, args);
-    default: return chunks_f32<1>(layout, act, args);
-  }
+void tile_f32(Layout layout, Act act, const TileArgs& args, int size) {
+  unroll<kTileSizes>([&](auto i) LM_LAMBDA {
+    if (i == size) chunks_f32<kTileRows[i]>(layout, act, args);
+  });
 }
 
 }  // namespace lmclock::LMCLOCK_PATH

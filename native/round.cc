@@ -30,17 +30,20 @@ LM_INLINE int32_t sum_lanes(i32x16 a) {
 }
 
 // d = amax / 127, codes rint(x / d). A subnormal d has no finite reciprocal; its codes are 0.
-void round_q8_block(const float* x, int8_t* q, Meta* meta, int32_t* sums) {
-  f32x16 a = load(x), b = load(x + 16);
-  float d = largest(a, b) / 127.0f;
-  float inverse = d >= 0x1p-126f ? 1.0f / d : 0.0f;
-  i32x16 qa = round_i(a * splat(inverse)), qb = round_i(b * splat(inverse));
-  store_i8(q, qa);
-  store_i8(q + 16, qb);
-  int32_t sa = sum_lanes(qa), sb = sum_lanes(qb);
-  *meta = {d, d * static_cast<float>(sa + sb), -8 * (sa + sb), -128 * (sa + sb)};
-  sums[0] = -32 * sa;
-  sums[1] = -32 * sb;
+void round_q8_block(const float* x, Q8Block* out) {
+  const f32x16 a = load(x), b = load(x + 16);
+  const float d = largest(a, b) / 127.0f;
+  const float inverse = d >= 0x1p-126f ? 1.0f / d : 0.0f;
+  const i32x16 qa = round_i(a * splat(inverse)), qb = round_i(b * splat(inverse));
+  store_i8(out->q, qa);
+  store_i8(out->q + 16, qb);
+  const int32_t sa = sum_lanes(qa), sb = sum_lanes(qb), sum = sa + sb;
+  out->d = d;
+  out->s = d * static_cast<float>(sum);
+  out->n8 = -8 * sum;
+  out->n128 = -128 * sum;
+  out->n32[0] = -32 * sa;
+  out->n32[1] = -32 * sb;
 }
 
 void round_bf16(const float* x, int64_t width, int64_t k0, int64_t k1, uint16_t* out) {
@@ -61,26 +64,26 @@ void round_row(Act act, const float* x, int64_t width, int64_t k0, int64_t k1, v
   if (act == Act::none) std::memcpy(out + 4 * k0, x + k0, 4 * static_cast<size_t>(k1 - k0));
   if (act == Act::bf16) round_bf16(x, width, k0, k1, reinterpret_cast<uint16_t*>(out));
   if (act != Act::q8_32) return;
-  Meta* meta = reinterpret_cast<Meta*>(out + meta_offset(width));
-  int32_t* sums = reinterpret_cast<int32_t*>(out + sums_offset(width));
-  for (int64_t k = k0; k < k1; k += kRoundBlock)
-    round_q8_block(x + k, reinterpret_cast<int8_t*>(out + k), meta + k / 32, sums + k / 16);
+  Q8Block* blocks = static_cast<Q8Block*>(record);
+  for (int64_t k = k0; k < k1; k += kRoundBlock) round_q8_block(x + k, blocks + k / kRoundBlock);
 }
 
-void activations_f32(Act act, const uint8_t* x, int64_t width, int64_t k0, int64_t n, float* out) {
+void activations_f32(Act act, const uint8_t* x, int64_t k0, int64_t n, float* out) {
   if (act == Act::none) {
     std::memcpy(out, x + 4 * k0, 4 * static_cast<size_t>(n));
   } else if (act == Act::bf16) {
     for (int64_t i = 0; i < n; ++i) {
       uint16_t h;
       std::memcpy(&h, x + 2 * (k0 + i), 2);
-      uint32_t bits = static_cast<uint32_t>(h) << 16;
+      const uint32_t bits = static_cast<uint32_t>(h) << 16;
       std::memcpy(out + i, &bits, 4);
     }
   } else {
-    const Meta* meta = meta_at(x + meta_offset(width));
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = meta[(k0 + i) / 32].d * static_cast<float>(static_cast<int8_t>(x[k0 + i]));
+    const Q8Block* blocks = reinterpret_cast<const Q8Block*>(x);
+    for (int64_t k = k0; k < k0 + n; ++k) {
+      const Q8Block& block = blocks[k / kRoundBlock];
+      out[k - k0] = block.d * static_cast<float>(block.q[k % kRoundBlock]);
+    }
   }
 }
 

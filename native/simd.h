@@ -15,6 +15,25 @@
 #define LM_INLINE static inline __attribute__((always_inline))
 #define LM_LAMBDA __attribute__((always_inline))
 
+namespace lmclock::LMCLOCK_PATH {
+
+template <int I>
+struct Index {
+  static constexpr int value = I;
+  constexpr operator int() const { return I; }
+};
+
+// f(Index<0>), ..., f(Index<N-1>), each with a constant index, so that arrays of vectors stay in registers.
+template <int N, int I = 0, class F>
+LM_INLINE constexpr void unroll(F&& f) {
+  if constexpr (I < N) {
+    f(Index<I>{});
+    unroll<N, I + 1>(f);
+  }
+}
+
+}  // namespace lmclock::LMCLOCK_PATH
+
 #if defined(__AVX512F__)
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
@@ -27,20 +46,13 @@
 
 namespace lmclock::LMCLOCK_PATH {
 
-template <int I>
-struct Index {
-  static constexpr int value = I;
-  constexpr operator int() const { return I; }
-};
-
-// f(Index<0>), ..., f(Index<N-1>), each with a constant index, so that arrays of vectors stay in registers.
-template <int N, int I = 0, class F>
-LM_INLINE void unroll(F&& f) {
-  if constexpr (I < N) {
-    f(Index<I>{});
-    unroll<N, I + 1>(f);
-  }
+#if !defined(LM_HAS_DOT_GROUP)
+// sums[t] += g . x[t] for a few rows t; see dot.
+template <int Bits, int N, int G>
+LM_INLINE void dot_group(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* const (&x)[G]) {
+  unroll<G>([&](auto t) LM_LAMBDA { sums[t] = dot<Bits, N>(sums[t], g, x[t]); });
 }
+#endif
 
 LM_INLINE f32x16 from_bf16(i32x16 low_halves) { return as_f32(shl<16>(low_halves)); }
 

@@ -5,6 +5,9 @@
 
 namespace lmclock::LMCLOCK_PATH {
 
+// Rows of a tile, largest first: 2 registers each for 4 sums leave 8 for codes, scales and integer sums.
+constexpr int kTileRows[] = {4, 2, 1};
+
 struct f32x16 { __m256 lo, hi; };
 struct i32x16 { __m256i lo, hi; };
 struct mask16 { __m256 lo, hi; };
@@ -133,21 +136,19 @@ LM_INLINE i32x16 dot(i32x16 init, const i32x16 (&g)[N], const int8_t* x) {
   constexpr int kGroup = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
   const __m256i ones = _mm256_set1_epi16(1);
   i32x16 sum = Bits == 8 ? i32x16{_mm256_setzero_si256(), _mm256_setzero_si256()} : init;
-#pragma GCC unroll 8
-  for (int n = 0; n < N; n += kGroup) {
-    __m256i b = broadcast4(x + 4 * n);
-    __m256i lo = pairs<Bits>(g[n].lo, b), hi = pairs<Bits>(g[n].hi, b);
-    if constexpr (kGroup > 1) {
-#pragma GCC unroll 8
-      for (int i = n + 1; i < n + kGroup && i < N; ++i) {
-        b = broadcast4(x + 4 * i);
-        lo = _mm256_add_epi16(lo, pairs<Bits>(g[i].lo, b));
-        hi = _mm256_add_epi16(hi, pairs<Bits>(g[i].hi, b));
-      }
-    }
+  unroll<(N + kGroup - 1) / kGroup>([&](auto part) LM_LAMBDA {
+    constexpr int first = part * kGroup;
+    __m256i b = broadcast4(x + 4 * first);
+    __m256i lo = pairs<Bits>(g[first].lo, b), hi = pairs<Bits>(g[first].hi, b);
+    unroll<(N - first < kGroup ? N - first : kGroup) - 1>([&](auto i) LM_LAMBDA {
+      constexpr int at = first + 1 + i;
+      b = broadcast4(x + 4 * at);
+      lo = _mm256_add_epi16(lo, pairs<Bits>(g[at].lo, b));
+      hi = _mm256_add_epi16(hi, pairs<Bits>(g[at].hi, b));
+    });
     sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(lo, ones));
     sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(hi, ones));
-  }
+  });
   return sum;
 }
 

@@ -10,6 +10,9 @@
 
 namespace lmclock::LMCLOCK_PATH {
 
+// Rows of a tile, largest first: 16 sums, 8 code vectors, 2 scales, 4 integer sums and a mask fill 31 of 32 registers.
+constexpr int kTileRows[] = {16, 8, 4, 2, 1};
+
 struct f32x16 { __m512 v; };
 struct i32x16 { __m512i v; };
 struct mask16 { __mmask16 v; };
@@ -82,9 +85,14 @@ LM_INLINE void store_i8(void* p, i32x16 x) {
 // a = 4 unsigned bytes a lane, x = 4 signed bytes for all lanes: acc + their dot product. GCC does not fold the
 // broadcast into the instruction by itself, which would cost a load uop and a register each time.
 LM_INLINE i32x16 dot_u8(i32x16 acc, i32x16 a, const int8_t* x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
+  asm volatile("vpdpbusd %2%{1to16%}, %1, %0"
       : "+v"(acc.v) : "v"(a.v), "m"(*reinterpret_cast<const int32_t*>(x)));
   return acc;
+}
+
+// The same with 16 times 4 signed bytes in x: the processor's own rate, no load involved.
+LM_INLINE i32x16 dot_vector(i32x16 acc, i32x16 a, i32x16 x) {
+  return {_mm512_dpbusd_epi32(acc.v, a.v, x.v)};
 }
 
 template <int I, int N>
@@ -98,6 +106,23 @@ LM_INLINE i32x16 dot_from(i32x16 acc, const i32x16 (&g)[N], const int8_t* x) {
 template <int Bits, int N>
 LM_INLINE i32x16 dot(i32x16 init, const i32x16 (&g)[N], const int8_t* x) {
   return dot_from<0>(init, g, x);
+}
+
+// sums[t] = dot(sums[t], g, x[t]) for a few rows, interleaved: one row is a chain of N instructions of latency 5, and
+// the scheduler (97 entries on Golden Cove) does not look past enough of them to keep two ports busy.
+#define LM_HAS_DOT_GROUP
+template <int I, int T, int N, int G>
+LM_INLINE void dot_group_from(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* const (&x)[G]) {
+  if constexpr (T == G) {
+    if constexpr (I + 1 < N) dot_group_from<I + 1, 0>(sums, g, x);
+  } else {
+    sums[T] = dot_u8(sums[T], g[I], x[T] + 4 * I);
+    dot_group_from<I, T + 1>(sums, g, x);
+  }
+}
+template <int Bits, int N, int G>
+LM_INLINE void dot_group(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* const (&x)[G]) {
+  dot_group_from<0, 0>(sums, g, x);
 }
 
 // acc + x[0] a[0] + x[1] a[1] for pairs of bf16; x one pair for all lanes.

@@ -3,6 +3,9 @@
 
 namespace lmclock::LMCLOCK_PATH {
 
+// Rows of a tile: there are no registers to share weights in.
+constexpr int kTileRows[] = {1};
+
 struct f32x16 { float v[16]; };
 struct i32x16 { int32_t v[16]; };
 struct mask16 { int32_t v[16]; };  // 0 or -1

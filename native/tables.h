@@ -30,17 +30,25 @@ struct TileArgs {
 // depend on the number of rows.
 using Tile = void (*)(const TileArgs&);
 
-constexpr int kTileRows[] = {16, 8, 4, 2, 1};
+constexpr int kTileSizes = sizeof(kTileRows) / sizeof(kTileRows[0]);
 struct Tiles {
-  Tile by_rows[5];  // as kTileRows; null when the combination goes through f32 instead
+  Tile by_rows[kTileSizes];  // as kTileRows
 };
+
+// {F::tile<16>, F::tile<8>, ...}: F has a static member function template over the number of rows.
+template <class F>
+constexpr Tiles make_tiles() {
+  Tiles tiles = {};
+  unroll<kTileSizes>([&](auto i) { tiles.by_rows[i] = &F::template tile<kTileRows[i]>; });
+  return tiles;
+}
 
 const Tiles& block32_tiles(Layout layout);   // q8_32 with layouts of 32-blocks
 const Tiles& kquant_tiles(Layout layout);    // q8_32 with 256-blocks and generic16
 const Tiles& float_tiles(Layout layout);     // f32 activations with f32, f16, bf16
 const Tiles& bf16_tiles();                   // bf16 with bf16
 
-// Any layout with any activations, up to 16 rows, through f32: out as TileArgs.
-void tile_f32(Layout layout, Act act, const TileArgs& args, int rows);
+// Any layout with any activations through f32; size is an index into kTileRows.
+void tile_f32(Layout layout, Act act, const TileArgs& args, int size);
 
 }  // namespace lmclock::LMCLOCK_PATH

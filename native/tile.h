@@ -1,0 +1,116 @@
+// What int8 tile kernels are made of: rows of a tile, and one step over a block of k.
+//
+// The order of accumulation, per row and output and block after block in k, is
+//   acc = fma(dw * dx, idot, acc)      idot exact in int32
+//   acc = fma(m, dx * sum, acc)        where the format has a minimum
+#pragma once
+
+#include "layouts.h"
+#include "tables.h"
+
+namespace lmclock::LMCLOCK_PATH {
+
+// Pointers to T activation rows at the current block. One base per four rows: the four addresses are base, base + s,
+// base + 2 s and base + 3 s, which x86 forms inside the instruction; left to itself the compiler keeps T pointers
+// and spills them.
+template <int T>
+struct RowSet {
+  static constexpr int kGroup = T < 4 ? T : 4;
+  static constexpr int kGroups = T / kGroup;
+  const uint8_t* base[kGroups];
+  int64_t s1, s3;
+
+  LM_INLINE RowSet of(const TileArgs& a) {
+    RowSet r;
+    unroll<kGroups>([&](auto i) LM_LAMBDA { r.base[i] = a.x + 4 * i * a.x_stride; });
+    r.s1 = a.x_stride;
+    r.s3 = 3 * a.x_stride;
+    return r;
+  }
+
+  // To be called once per loop turn: hides where s1 and s3 come from, so that sums with them stay in the addresses.
+  LM_INLINE void pin(RowSet& r) {
+    if constexpr (T > 1) asm("" : "+r"(r.s1));
+    if constexpr (T > 2) asm("" : "+r"(r.s3));
+  }
+
+  template <int t>
+  LM_INLINE const uint8_t* row(const RowSet& r) {
+    constexpr int in = t % kGroup;
+    const uint8_t* b = r.base[t / kGroup];
+    if constexpr (in == 1) return b + r.s1;
+    if constexpr (in == 2) return b + 2 * r.s1;
+    if constexpr (in == 3) return b + r.s3;
+    return b;
+  }
+
+  LM_INLINE void next(RowSet& r) {
+    unroll<kGroups>([&](auto i) LM_LAMBDA { r.base[i] += sizeof(Q8Block); });
+  }
+};
+
+template <int T>
+LM_INLINE void clear(f32x16 (&acc)[T]) {
+  unroll<T>([&](auto t) LM_LAMBDA { acc[t] = splat(0.0f); });
+}
+
+template <int T>
+LM_INLINE void store_all(float* out, const f32x16 (&acc)[T]) {
+  unroll<T>([&](auto t) LM_LAMBDA { store(out + 16 * t, acc[t]); });
+}
+
+// Integer start of a block of 32 whose codes are stored with `Offset` added.
+template <int Offset>
+LM_INLINE i32x16 start32(const Q8Block& x) {
+  if constexpr (Offset == 8) return splat_i(x.n8);
+  if constexpr (Offset == 16) return shl<1>(splat_i(x.n8));
+  if constexpr (Offset == 128) return splat_i(x.n128);
+  return splat_i(0);
+}
+
+// 32 elements: N = 8 code vectors.
+template <int Bits, int Offset, bool Min, int T>
+LM_INLINE void step32(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[8], const RowSet<T>& rows) {
+  constexpr int G = RowSet<T>::kGroup;
+  unroll<T / G>([&](auto group) LM_LAMBDA {
+    i32x16 sums[G];
+    const int8_t* x[G];
+    unroll<G>([&](auto i) LM_LAMBDA {
+      x[i] = reinterpret_cast<const int8_t*>(RowSet<T>::template row<group * G + i>(rows));
+      sums[i] = start32<Offset>(q8(RowSet<T>::template row<group * G + i>(rows)));
+    });
+    dot_group<Bits>(sums, g, x);
+    unroll<G>([&](auto i) LM_LAMBDA {
+      constexpr int t = group * G + i;
+      const Q8Block& b = q8(RowSet<T>::template row<t>(rows));
+      acc[t] = fma(d * splat(b.d), to_f32(sums[i]), acc[t]);
+      if constexpr (Min) acc[t] = fma(m, splat(b.s), acc[t]);
+    });
+  });
+}
+
+// 16 elements, the first or second half of a block; the offset is 32 or 128.
+template <int Bits, int Offset, int Half, bool Min, int T>
+LM_INLINE void step16(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[4], const RowSet<T>& rows) {
+  constexpr int G = RowSet<T>::kGroup;
+  unroll<T / G>([&](auto group) LM_LAMBDA {
+    i32x16 sums[G];
+    const int8_t* x[G];
+    unroll<G>([&](auto i) LM_LAMBDA {
+      const uint8_t* p = RowSet<T>::template row<group * G + i>(rows);
+      x[i] = reinterpret_cast<const int8_t*>(p) + 16 * Half;
+      sums[i] = splat_i(q8(p).n32[Half]);
+      if constexpr (Offset == 128) sums[i] = shl<2>(sums[i]);
+    });
+    dot_group<Bits>(sums, g, x);
+    unroll<G>([&](auto i) LM_LAMBDA {
+      constexpr int t = group * G + i;
+      const Q8Block& b = q8(RowSet<T>::template row<t>(rows));
+      acc[t] = fma(d * splat(b.d), to_f32(sums[i]), acc[t]);
+      if constexpr (Min)
+        acc[t] = fma(m, splat(b.d * (static_cast<float>(b.n32[Half]) * -0x1p-5f)), acc[t]);
+    });
+  });
+}
+
+}  // namespace lmclock::LMCLOCK_PATH
