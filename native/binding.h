@@ -54,5 +54,6 @@ RoundedRows round_rows(const Kernels& kernels, const std::string& act, FloatsIn 
 
 void bind_kernels(nb::module_& m);
 void bind_timing(nb::module_& m);
+void bind_machine(nb::module_& m);
 
 }  // namespace lmclock

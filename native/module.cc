@@ -245,4 +245,5 @@ NB_MODULE(_native, m) {
   m.doc() = "Native kernels of lmclock.";
   lmclock::bind_kernels(m);
   lmclock::bind_timing(m);
+  lmclock::bind_machine(m);
 }

@@ -1,0 +1,202 @@
+// The native machine's runs: what is live, the interpreter on all threads, states. load and bind
+// are in files of their own.
+
+#include "machine.h"
+
+#include <cstring>
+
+namespace lmclock {
+
+namespace scalar { extern const Ops kOps; }
+#if defined(LMCLOCK_X86)
+namespace avx2 { extern const Ops kOps; }
+namespace avx512 { extern const Ops kOps; }
+#endif
+#if defined(LMCLOCK_NEON)
+namespace neon { extern const Ops kOps; }
+#endif
+
+namespace {
+
+// The op families of a kernel table's path; amx is avx512 with other kernels for products.
+const Ops* ops_of(const Kernels& kernels) {
+  const std::string name = kernels.name;
+#if defined(LMCLOCK_X86)
+  if (name == "avx2") return &avx2::kOps;
+  if (name == "avx512" || name == "amx") return &avx512::kOps;
+#endif
+#if defined(LMCLOCK_NEON)
+  if (name == "neon") return &neon::kOps;
+#endif
+  return &scalar::kOps;
+}
+
+}  // namespace
+
+void barrier(Frame& f) { f.team->barrier(); }
+
+Counter& next_counter(Frame& f, Worker& w) {
+  const unsigned n = w.counter++;
+  // No thread is nearer to the counter half a round ahead than a barrier, so it can be made ready
+  // for its next use.
+  f.counters[(n + kCounters / 2) % kCounters].value.store(0, std::memory_order_relaxed);
+  return f.counters[n % kCounters];
+}
+
+void FaultBox::raise(Fault what, const isa::Instruction& i, int64_t offending, int64_t most) {
+  if (set.exchange(1) == 0) fault = what, at = &i, value = offending, limit = most;
+}
+
+int64_t tile_floats(int64_t queries, int64_t key, int64_t value) {
+  const int64_t q = (queries + 15) / 16 * 16, v = (value + 15) / 16 * 16;
+  // turned, scores, keys and values, factors, two partial results, what each query sees and where
+  // it stands
+  return q * key + q * kPositions + kPositions * (key + v) + 2 * q + 2 * (2 * q + q * v) + 6 * q;
+}
+
+Machine::Machine(int threads, const Kernels* kernels)
+    : team_(threads),
+      ops_(ops_of(*kernels)),
+      counters_(kCounters),
+      workers_(static_cast<size_t>(threads)) {
+  frame_.kernels = kernels;
+  frame_.team = &team_;
+  frame_.threads = threads;
+  frame_.counters = counters_.data();
+  frame_.fault = &fault_;
+}
+
+bool Machine::has(const Kernels& kernels, int opcode) {
+  return opcode >= 0 && opcode < kOpcodes && ops_of(kernels)->run[opcode] != nullptr;
+}
+
+// Pages for every position that the rows of a state's instructions reach.
+void Machine::check_state(const Section& s, const isa::Instruction& i) {
+  const State& state = states_[static_cast<size_t>(i.state)];
+  const StateGroup& group = groups_[static_cast<size_t>(state.declared)];
+  const bool stores = static_cast<isa::Op>(i.op) == isa::Op::store;
+  if (group.source.kind == kFixed || (state.frozen && !stores)) return;
+  const int32_t space = s.values[static_cast<size_t>(i.ins[0])].space;
+  const SpaceRows& rows = frame_.rows[space];
+  const PageTable& table = frame_.tables[state.declared];
+  if (checked_[static_cast<size_t>(state.declared)] & (1 << space)) return;
+  checked_[static_cast<size_t>(state.declared)] |= static_cast<uint8_t>(1 << space);
+  for (int64_t q = 0; q < frame_.sequences && rows.live_starts; ++q) {
+    const int32_t end = rows.live_starts[q + 1];
+    if (end == rows.live_starts[q]) continue;
+    const int64_t page = rows.live_positions[end - 1] / capacity_.page_size;
+    const int64_t pages = table.starts[q + 1] - table.starts[q];
+    if (page >= pages)
+      throw Failure{"ProgramError",
+                    "sequence " + std::to_string(q) + " reaches page " + std::to_string(page) +
+                        " of its positions, but the batch gives it " + std::to_string(pages) +
+                        " pages"};
+  }
+}
+
+// Every value that instructions first .. last - 1 read must be in its buffer when its turn comes.
+void Machine::check_live(int section, int64_t first, int64_t last) {
+  const Section& s = sections_[static_cast<size_t>(section)];
+  held_ = holder_;
+  checked_.assign(groups_.size(), 0);
+  const auto id = [&](int32_t value) {
+    return value < inputs_ ? value : (int64_t{section} + 1) << 32 | value;
+  };
+  for (int64_t n = first; n < last; ++n) {
+    const isa::Instruction& i = s.code[static_cast<size_t>(n)];
+    if (i.state >= 0) check_state(s, i);
+    if (static_cast<isa::Op>(i.op) == isa::Op::sample && !samples_given_)
+      throw Failure{"ProgramError", "the batch brings no sampling settings for its picked rows"};
+    const auto holder = [&](int32_t value) -> int64_t& {
+      return held_[static_cast<size_t>(s.values[static_cast<size_t>(value)].slot)];
+    };
+    for (int32_t value : {i.ins[0], i.ins[1], i.ins[2], i.add})
+      if (value >= 0 && holder(value) != id(value)) throw NotLive{value};
+    for (int32_t value : i.outs)
+      if (value >= 0) holder(value) = id(value);
+  }
+  holder_.swap(held_);
+}
+
+RunFault Machine::run(int section, int64_t first, int64_t last, int64_t* stamps) {
+  if (!bound_) throw Failure{"ProgramError", "no batch is bound"};
+  Section& s = sections_[static_cast<size_t>(section)];
+  check_live(section, first, last);
+  frame_.program = s.code.data();
+  frame_.values = s.values.data();
+  frame_.weights = weights_.data();
+  frame_.states = states_.data();
+  frame_.ropes = s.ropes.data();
+  frame_.biases = s.biases.data();
+  fault_.set.store(0);
+  fault_.fault = Fault::none;
+  const bool there = team_.run([&](int thread) {
+    Worker& worker = workers_[static_cast<size_t>(thread)].worker;
+    [[maybe_unused]] int64_t* at = stamps + 2 * (last - first) * thread;
+    for (int64_t n = first; n < last; ++n) {
+      const isa::Instruction& i = s.code[static_cast<size_t>(n)];
+#if LMCLOCK_CLOCK
+      *at++ = ticks();
+#endif
+      ops_->run[i.op](frame_, i, worker);
+#if LMCLOCK_CLOCK
+      *at++ = ticks();
+#endif
+      if (n + 1 < last) team_.barrier();
+    }
+  });
+  if (!there)
+    throw Failure{"LmclockError",
+                  "this machine belongs to the process before fork; make a new one"};
+  return {fault_.fault, fault_.fault == Fault::none ? 0 : fault_.at - s.code.data(), fault_.value,
+          fault_.limit};
+}
+
+void Machine::commit() {
+  for (StateGroup& group : groups_) {
+    if (group.source.kind != kFixed) continue;
+    const size_t width = static_cast<size_t>(group.source.width);
+    float *now = group.memory.as<float>(), *next = group.next.as<float>();
+    for (size_t slot = 0; slot < group.written.size(); ++slot) {
+      if (!group.written[slot]) continue;
+      std::memcpy(now + slot * width, next + slot * width, 4 * width);
+      group.written[slot] = 0;
+    }
+  }
+}
+
+void Machine::copy(int state, const int32_t* pairs, int64_t count) {
+  StateGroup& group = groups_[static_cast<size_t>(state)];
+  const StateSource& source = group.source;
+  const bool fixed = source.kind == kFixed;
+  const int64_t limit = fixed ? capacity_.slots : source.pages;
+  for (int64_t n = 0; n < 2 * count; ++n)
+    if (pairs[n] < 0 || pairs[n] >= limit)
+      throw Failure{"ProgramError", (fixed ? "slot " : "page ") + std::to_string(pairs[n]) +
+                                        " does not exist; valid: 0 to " +
+                                        std::to_string(limit - 1)};
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t from = pairs[2 * n], to = pairs[2 * n + 1];
+    if (!fixed) {
+      const int64_t bytes = states_[static_cast<size_t>(group.first)].page_stride;
+      std::memmove(group.memory.data() + to * bytes, group.memory.data() + from * bytes,
+                   static_cast<size_t>(bytes));
+      continue;
+    }
+    const int64_t bytes = 4 * source.width;
+    for (int64_t one = 0; one < source.count; ++one) {
+      uint8_t* base = group.memory.data() + one * capacity_.slots * bytes;
+      std::memmove(base + to * bytes, base + from * bytes, static_cast<size_t>(bytes));
+    }
+  }
+}
+
+Machine::View Machine::view(int section, int value) const {
+  if (!bound_) return {};
+  const Value& v = sections_[static_cast<size_t>(section)].values[static_cast<size_t>(value)];
+  const int64_t id = value < inputs_ ? value : (int64_t{section} + 1) << 32 | value;
+  if (holder_[static_cast<size_t>(v.slot)] != id) return {};
+  return {v.data, frame_.rows[v.space].count, v.width, v.stride, v.ids};
+}
+
+}  // namespace lmclock
