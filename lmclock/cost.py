@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lmclock.batch import Batch, Rows
-from lmclock.isa import Instruction, expand
-from lmclock.program import Program
+from lmclock.batch import Batch
+from lmclock.isa import Instruction, Type, expand
+from lmclock.program import Program, State
 
 ACTIVATION_BYTES = 4  # registers hold f32
 _KIND_COST = {"relu": 1, "softcap": 12}  # operations per element; the others need an exponential
@@ -51,20 +51,39 @@ class Cost:
 
 
 class Bound:
-    """A program's section with a batch: every count the cost rules ask for."""
+    """A program's section with a batch: every count the cost rules ask for, valid rows only.
 
-    def __init__(self, program: Program, section: str, batch: Batch) -> None:
+    `types` saves working out `program.types(section)` anew for every batch.
+    """
+
+    def __init__(
+        self, program: Program, section: str, batch: Batch, types: dict[str, Type] | None = None
+    ) -> None:
         self.program = program
-        self.types = program.types(section)
+        self.types = program.types(section) if types is None else types
         self.batch = batch
+        self._counts: dict[str, np.ndarray] = {}
         self._seen: dict[tuple[str, int, str], tuple[int, int]] = {}
 
+    def counts(self, space: str) -> np.ndarray:
+        """(sequences,): the valid rows of each sequence in `tok` or `src`."""
+        if space not in self._counts:
+            rows = self.batch.rows[space]
+            found = np.bincount(rows.owners[rows.valid], minlength=rows.sequences)
+            self._counts[space] = found
+        return self._counts[space]
+
+    def shape(self, space: str) -> tuple[int, int, int]:
+        """(rows, sequences that have some, rows of the longest) of `tok` or `src`."""
+        counts = self.counts(space)
+        return int(counts.sum()), int((counts > 0).sum()), int(counts.max(initial=0))
+
     def rows(self, value: str) -> int:
-        """Valid rows of the space a value belongs to."""
+        """Rows of the space a value belongs to."""
         space = self.types[value].space
         if space in ("pick", "seq"):
             return self.batch.count(space)
-        return int(self.batch.rows[space].valid.sum())
+        return self.shape(space)[0]
 
     def width(self, value: str) -> int:
         return self.types[value].width
@@ -73,11 +92,13 @@ class Bound:
         return sum(self.program.weight_table[n].bytes for n in names if n)
 
     def distinct_ids(self, value: str) -> int:
-        return len(np.unique(self.batch.inputs[value])) if value in self.batch.inputs else 1
+        if value not in self.batch.inputs:
+            return 1
+        valid = self.batch.rows[self.types[value].space].valid
+        return len(np.unique(self.batch.inputs[value][valid]))
 
     def longest(self, value: str) -> int:
-        rows = self.batch.rows[self.types[value].space]
-        return int(np.diff(rows.starts).max(initial=0))
+        return self.shape(self.types[value].space)[2]
 
     def visible(self, i: Instruction) -> tuple[int, int]:
         """(visible positions summed over rows, distinct positions) of an attend."""
@@ -87,43 +108,47 @@ class Bound:
         return self._seen[key]
 
     def _visible(self, i: Instruction) -> tuple[int, int]:
-        rows = self.batch.rows[self.types[i.ins[0]].space]
+        space = self.types[i.ins[0]].space
+        counts = self.counts(space)
+        live = counts > 0
         state = self.program.state(i.state)[0] if i.state else None
-        if state is not None and state.kind == "frozen":
-            return self._all_positions(rows.starts, self.batch.lengths[state.name])
-        if i["mask"] == "full" and state is None:
-            other = self.batch.rows[self.types[i.ins[1]].space]
-            return self._all_positions(rows.starts, np.diff(other.starts))
-        seen = rows.positions[rows.valid] + 1
-        if i["window"]:
-            seen = np.minimum(seen, i["window"])
-        return int(seen.sum()), self._distinct(i, rows, state.name if state else None)
+        low = np.zeros(len(counts), np.int64)
+        if state is None and i["mask"] == "full":
+            end = self.counts(self.types[i.ins[1]].space)
+        elif state is not None and state.kind == "frozen":
+            end = self.batch.lengths[state.name]
+        else:
+            end = np.zeros_like(low)
+            positions = self.batch.rows[space].positions[self.batch.rows[space].valid]
+            last = np.cumsum(counts)[live]
+            end[live] = positions[last - 1] + 1
+            if i["mask"] != "full":
+                visible = positions + 1
+                if i["window"]:
+                    low[live] = np.maximum(0, positions[last - counts[live]] + 1 - i["window"])
+                    visible = np.minimum(visible, i["window"])
+                return int(visible.sum()), self._distinct(state, low, end, live)
+        # Without a mask every row sees all of its sequence's positions.
+        return int((counts * end).sum()), self._distinct(state, low, end, live)
 
-    @staticmethod
-    def _all_positions(starts: np.ndarray, lengths: np.ndarray) -> tuple[int, int]:
-        """Every row sees all of its sequence's positions."""
-        return int((np.diff(starts) * lengths).sum()), int(lengths.sum())
-
-    def _distinct(self, i: Instruction, rows: Rows, state: str | None) -> int:
-        """Positions read at least once; pages shared between sequences count once."""
-        pages = self.batch.pages.get(state) if state else None
+    def _distinct(
+        self, state: State | None, low: np.ndarray, end: np.ndarray, live: np.ndarray
+    ) -> int:
+        """Positions low..end - 1 of the live sequences; pages they share count once."""
+        tables = self.batch.pages.get(state.name) if state else None
+        if tables is None or live.sum() < 2:
+            return int((end - low)[live].sum())
         size = self.batch.page_size
-        covered: dict[int, int] = {}
-        total = 0
-        for n in range(rows.sequences):
-            seen = rows.positions[rows.starts[n] : rows.starts[n + 1]]
-            if not len(seen):
-                continue
-            end = int(seen[-1]) + 1
-            low = max(0, int(seen[0]) + 1 - i["window"]) if i["window"] else 0
-            if pages is None:
-                total += end - low
-                continue
-            for slot in range(low // size, -(-end // size)):
-                count = min(end, (slot + 1) * size) - max(low, slot * size)
-                page = int(pages[n][slot])
-                covered[page] = max(covered.get(page, 0), count)
-        return total + sum(covered.values())
+        first, last = low // size, -(-end // size)
+        counts = np.where(live, last - first, 0)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        slot = np.arange(len(owner)) - (np.cumsum(counts) - counts - first)[owner]
+        table_starts = np.cumsum([0, *(len(table) for table in tables)])
+        pages = np.concatenate(tables)[table_starts[owner] + slot]
+        within = np.minimum(end[owner], (slot + 1) * size) - np.maximum(low[owner], slot * size)
+        most = np.zeros(int(pages.max(initial=0)) + 1, np.int64)
+        np.maximum.at(most, pages, within)
+        return int(most.sum())
 
 
 def cost(i: Instruction, bound: Bound) -> Cost:
@@ -209,7 +234,7 @@ def _lstm(i: Instruction, b: Bound) -> Cost:
     weights = b.weight_bytes(*i.all_weights()) if rows else 0
     moved = _moved(b, i.ins[0], i.outs[0])
     # h and c, read and written once per sequence
-    cache = 4 * b.batch.sequences * h * ACTIVATION_BYTES
+    cache = 4 * b.shape(b.types[i.ins[0]].space)[1] * h * ACTIVATION_BYTES
     return Cost(flops, weights, cache, moved, b.longest(i.ins[0]))
 
 

@@ -1,10 +1,12 @@
-"""The record of one clock cycle: what the engine writes down and the clock, the reports and the
+"""The record of one clock cycle: what the engine writes down, and the clock, the reports and the
 trace read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from lmclock.batch import Batch
 from lmclock.machines import Ticks
@@ -14,7 +16,7 @@ STAGES = ("fetch", "decode", "execute", "write_back")
 
 @dataclass(frozen=True)
 class Run:
-    """One section executed within a cycle."""
+    """One section, or a span of it, executed within a cycle."""
 
     section: str
     ticks: Ticks
@@ -25,9 +27,11 @@ class Cycle:
     """One cycle. `stamps` are five ticks of machine.now(): where each stage of STAGES begins, and
     the end.
 
-    `prompt_rows` and `decode_rows` count the valid token rows of each kind; `discarded_rows` those
-    whose work was thrown
-    away (rejected proposals, padding); `retired` the new tokens handed to callers.
+    prompt_rows  valid token rows of prompts; decode_rows: those after a prompt
+    retired      new tokens handed to callers
+    decoding     per sequence of the batch, whether its rows are decode rows
+    kept         (tok rows,) bool: rows whose work was of use, rejected proposals not among them;
+                 None: all valid rows
     """
 
     number: int
@@ -36,8 +40,9 @@ class Cycle:
     stamps: tuple[int, int, int, int, int]
     prompt_rows: int
     decode_rows: int
-    discarded_rows: int
     retired: int
+    decoding: tuple[bool, ...]
+    kept: np.ndarray | None = None
 
     @property
     def kind(self) -> str:

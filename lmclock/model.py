@@ -6,31 +6,38 @@
     r.text, r.clock
     for piece in m.stream("Once upon a time"): print(piece, end="")
 
-`m.program`, `m.tokenizer` and `m.engine` are there to look at. One model belongs to one thread.
+`m.program`, `m.tokenizer` and `m.engine` are there to look at. One model belongs to one thread, in
+which several of its streams may be read by turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmclock.assemble import Assembled, assemble
-from lmclock.clock import Clock
-from lmclock.cycle import Cycle
-from lmclock.engine import Engine, Request, Sampling, capacity_for
-from lmclock.errors import OptionError, choices
+from lmclock.engine import Engine, Event, Request, Sampling, capacity_for
+from lmclock.errors import LmclockError, OptionError, UnsupportedError, choices
 from lmclock.files import GGUF
 from lmclock.files.pull import pull
-from lmclock.machines import Machine, create
+from lmclock.machines import Capacity, Machine, create
 from lmclock.passes import optimise
 from lmclock.program import Program
-from lmclock.text import StopStrings, Tokeniser, from_folder, from_gguf
+from lmclock.text import StopStrings, Tokeniser, encode_chat, from_folder, from_gguf
+
+if TYPE_CHECKING:
+    from lmclock.clock import Clock
+    from lmclock.cycle import Cycle
+    from lmclock.hardware.limits import Limits
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 DEFAULT_CONTEXT = 8192  # cached positions when neither caller nor model asks for fewer
+LISTING = ".lmc"  # ending of a program written by hand
 # What callers may write for each field of Sampling: our own name, and the names of other tools.
 ALIASES = {
     "repetition_penalty": "repetition",
@@ -38,6 +45,7 @@ ALIASES = {
     "presence_penalty": "presence",
     "frequency_penalty": "frequency",
 }
+OPTIONS = ("max_new_tokens", "stop", "ignore_eos")  # of TextStream itself
 
 
 def load(
@@ -54,6 +62,7 @@ def load(
     picks: int | None = None,
     keep: tuple[str, ...] = (),
     invariant: bool = False,
+    prefix_reuse: bool = True,
 ) -> Model:
     """A model ready to generate.
 
@@ -65,32 +74,47 @@ def load(
     sequences  sequences that may run at once; chunk: most prompt rows of one of them in a cycle
     cache      number format of keys and values: f32, f16 or q8_0
     keep       values that stay readable through `m.machine.read` after their last use
+    picks      most rows of a cycle that get logits; invariant, prefix_reuse: see Engine
     """
     if context < 0:
         raise OptionError(f"context={context} is out of range; valid: 0 (the model's) or more")
     if sequences < 1:
         raise OptionError(f"sequences={sequences} is out of range; valid: 1 or more")
-    assembled = assemble(pull(model), cache)
-    most = assembled.program.context or DEFAULT_CONTEXT
-    if context > most:
-        raise OptionError(f"context={context} is more than the model was made for, {most}")
-    program = optimise(assembled.program, level, keep)
+    if machine != "native" and (threads, path) != (None, None):
+        raise OptionError(f"threads and path are options of machine 'native', not of {machine!r}")
+    if Path(model).suffix == LISTING:
+        raise UnsupportedError(
+            f"{model} is a listing, a program without tokenizer; valid: models (see pull). "
+            "`lmclock disasm` prints it, and examples/neurons.py runs one"
+        )
     options = {"threads": threads, "path": path} if machine == "native" else {}
-    maker = create(machine, **options)
-    capacity = capacity_for(
-        program,
-        sequences=sequences,
-        tokens=sequences * (context or min(most, DEFAULT_CONTEXT)),
-        chunk=chunk,
-        picks=picks,
-    )
-    maker.load(program, assembled.weights, capacity, keep)
-    return Model(assembled, program, maker, capacity, chunk, invariant)
+    with ExitStack() as undo:
+        maker = create(machine, **options)
+        undo.callback(maker.close)
+        assembled = assemble(pull(model), cache)
+        most = assembled.program.context or DEFAULT_CONTEXT
+        if context > most:
+            raise OptionError(f"context={context} is more than the model was made for, {most}")
+        program = optimise(assembled.program, level, keep)
+        tokens = sequences * (context or min(most, DEFAULT_CONTEXT))
+        capacity = capacity_for(
+            program, sequences=sequences, tokens=tokens, chunk=chunk, picks=picks
+        )
+        maker.load(program, assembled.weights, capacity, keep)
+        undo.pop_all()
+    return Model(
+        assembled, program, maker, capacity,
+        chunk=chunk, invariant=invariant, prefix_reuse=prefix_reuse,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """A finished continuation. `finish` is stop, length or cancelled; `cycles` are what it took."""
+    """A finished continuation. `finish` is stop, length or cancelled.
+
+    `cycles` are those that ran while it was generated, other sequences' rows included; each takes
+    some ten kilobytes for as long as the reply is kept.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -127,25 +151,30 @@ class ReplyClock:
 
 
 class Model:
-    """A program on a machine with an engine and a tokenizer; made by `load`."""
+    """A program on a machine with an engine (given `options`) and a tokenizer; made by `load`."""
 
     def __init__(
         self,
         assembled: Assembled,
         program: Program,
         machine: Machine,
-        capacity: Any,
-        chunk: int = 512,
-        invariant: bool = False,
+        capacity: Capacity,
+        **options: Any,
     ) -> None:
         self.assembled, self.program, self.machine = assembled, program, machine
         self.config = assembled.config
-        self.recorded: list[Cycle] = []
-        # The tokenizer's own end tokens are joined lazily, in `request`: token ids need none.
+        self.streams: list[TextStream] = []  # those being read: each keeps the cycles it sees
+        self._limits: Limits | None = None
+        self.closed = False
+        # The tokenizer's own end tokens are joined lazily, by each stream: token ids need none.
         self.engine = Engine(
             machine, program, capacity=capacity, eos=frozenset(self.config.eos),
-            chunk=chunk, invariant=invariant, on_cycle=self.recorded.append,
+            on_cycle=self._hear, **options,
         )  # fmt: skip
+
+    def _hear(self, cycle: Cycle) -> None:
+        for stream in self.streams:
+            stream.cycles.append(cycle)
 
     @cached_property
     def tokenizer(self) -> Tokeniser:
@@ -155,11 +184,15 @@ class Model:
         """Token ids of a text, of chat messages (through the model's template), or ids as given."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            from lmclock.text import encode_chat
-
-            return encode_chat(self.tokenizer, list(prompt))  # type: ignore[arg-type]
-        return [int(token) for token in prompt]  # type: ignore[arg-type]
+        if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
+            raise OptionError(f"the prompt is a {type(prompt).__name__}; valid: {_PROMPTS}")
+        items = list(prompt)
+        if items and isinstance(items[0], Mapping):
+            return encode_chat(self.tokenizer, items)  # type: ignore[arg-type]
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, Integral):
+                raise OptionError(f"the prompt holds {item!r:.40}; valid: {_PROMPTS}")
+        return [int(item) for item in items]  # type: ignore[call-overload]
 
     def generate(self, prompt: Prompt, **options: Any) -> Reply:
         """The whole continuation; options as for `stream`."""
@@ -173,23 +206,34 @@ class Model:
 
         Options: max_new_tokens, stop (a string or several), ignore_eos, and the settings of
         Sampling: temperature (0: greedy), top_k, top_p, min_p, repetition_penalty,
-        presence_penalty, frequency_penalty, seed, logit_bias.
+        presence_penalty, frequency_penalty, window (how far penalties look back), seed, logit_bias.
         """
         return TextStream(self, prompt, **options)
 
-    def clock(self, cycles: Iterable[Cycle]) -> Clock:
-        """The clock's accounts of some cycles of this model, held against the machine's limits."""
+    def limits(self, progress: Callable[[str], None] | None = None) -> Limits:
+        """The measured limits of the machine. `progress` hears when they must be measured first."""
         from lmclock.hardware.calibrate import limits
 
+        if self._limits is None:
+            path = getattr(self.machine, "path", None)
+            self._limits = limits(self.machine.traits.threads, path, progress)
+        return self._limits
+
+    def clock(self, cycles: Iterable[Cycle]) -> Clock:
+        """The clock's accounts of some cycles of this model, held against the machine's limits."""
+        from lmclock.clock import Clock
+
         traits = self.machine.traits
-        found = limits(traits.threads, getattr(self.machine, "path", None))
-        clock = Clock(self.program, traits.threads, traits.tick_rate, found)
+        clock = Clock(self.program, traits.threads, traits.tick_rate, self.limits())
         for cycle in cycles:
             clock.add(cycle)
         return clock
 
     def close(self) -> None:
-        self.engine.close()
+        """End what still runs, and give back the machine's threads and memory."""
+        if not self.closed:
+            self.closed = True
+            self.engine.close()
 
     def __enter__(self) -> Model:
         return self
@@ -198,8 +242,15 @@ class Model:
         self.close()
 
 
+_PROMPTS = "text, token ids, or chat messages such as {'role': 'user', 'content': 'Hi'}"
+
+
 class TextStream:
-    """The text of one sequence, piece by piece. Leaving the loop early cancels the sequence."""
+    """The text of one sequence, piece by piece. Leaving the loop early cancels the sequence.
+
+    What is wrong with the request is an error at once; the sequence enters the engine with the
+    first step of the loop.
+    """
 
     def __init__(
         self,
@@ -211,67 +262,80 @@ class TextStream:
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> None:
+        if model.closed:
+            raise LmclockError("this model is closed; load it again")
         self.model = model
+        self.tokens: list[int] = []
+        self.finish = ""  # why it ended
+        self.text = ""  # what has come
+        self.cycles: list[Cycle] = []
+        settings = sampling_of(sampling)
         ids = model.encode(prompt)
         self.prompt_tokens = len(ids)
-        self.tokens: list[int] = []
-        self.finish = ""
-        self.text = ""
         self._pieces: list[str] = []
         self._decoder = model.tokenizer.stream(continued=True)
-        self._stops = StopStrings((stop,) if isinstance(stop, str) else stop)
-        self._first = len(model.recorded)
-        settings, stops = sampling_of(sampling), model.tokenizer.eos_ids
-        request = Request(ids, max_new_tokens, settings, stops, ignore_eos, sink=self._take)
-        self.number = model.engine.add(request)
+        self._stops = StopStrings(stop)
+        self._number: int | None = None
+        self._cancelled = False
+        self._last: Event | None = None
+        stops = frozenset() if ignore_eos else model.tokenizer.eos_ids
+        self._request = Request(
+            ids, max_new_tokens, settings, stops, ignore_eos, sink=self._take, ended=self._end
+        )
+        model.engine.check(self._request)
+
+    def cancel(self) -> None:
+        """End the sequence before its next cycle; a signal handler may call this."""
+        self._cancelled = True
 
     def _take(self, token: int) -> bool:
         """The engine's sink: one new token; False when a stop string is complete."""
         self.tokens.append(token)
         piece, stopped = self._stops.feed(self._decoder.push(token))
         self._pieces.append(piece)
-        if stopped:
-            self.finish = "stop"
         return not stopped
 
-    def __iter__(self) -> Iterator[str]:
-        engine = self.model.engine
-        try:
-            while not self._ended():
-                engine.step()
-                for event in engine.events:
-                    if event.sequence == self.number and event.finish:
-                        self._end(event.finish)
-                yield from self._drain()
-        finally:
-            if not self._ended():
-                engine.cancel(self.number)
-                engine.step()
-                self._end("cancelled")
-                self._drain()
-
-    def _ended(self) -> bool:
-        return self.number not in self.model.engine.live and bool(self.finish)
-
-    def _end(self, reason: str) -> None:
-        if self.finish != "stop":
+    def _end(self, last: Event) -> None:
+        """The engine's last word on the sequence, whoever stepped it."""
+        self._last, self.finish = last, str(last.finish)
+        if self._stops.stopped is None:
             tail, _ = self._stops.feed(self._decoder.flush())
             self._pieces += [tail, self._stops.flush()]
-        self.finish = self.finish or reason
 
-    def _drain(self) -> list[str]:
-        pieces = [piece for piece in self._pieces if piece]
-        self._pieces.clear()
-        self.text += "".join(pieces)
-        return pieces
+    def __iter__(self) -> Iterator[str]:
+        if self._number is not None:
+            return
+        model = self.model
+        self._number = model.engine.add(self._request)
+        model.streams.append(self)
+        try:
+            while self._last is None and not self._cancelled:
+                model.engine.step()
+                yield from self._drain()
+        finally:
+            if self._last is None:
+                model.engine.cancel(self._number)
+            self.text += "".join(self._pieces)
+            self._pieces.clear()
+            model.streams.remove(self)
+        if self._last and self._last.finish == "error":
+            raise LmclockError(self._last.message)
+
+    def _drain(self) -> Iterator[str]:
+        """The pieces that came, each part of `text` once it is handed out."""
+        while self._pieces:
+            piece = self._pieces.pop(0)
+            if piece:
+                self.text += piece
+                yield piece
 
     @property
     def reply(self) -> Reply:
         """What has come so far, complete once the iteration has ended."""
-        cycles = tuple(self.model.recorded[self._first :])
         return Reply(
-            self.text, tuple(self.tokens), self.finish, self.prompt_tokens, self.model, cycles
-        )
+            self.text, tuple(self.tokens), self.finish, self.prompt_tokens, self.model,
+            tuple(self.cycles),
+        )  # fmt: skip
 
 
 def tokenizer_of(assembled: Assembled) -> Tokeniser:
@@ -288,5 +352,6 @@ def sampling_of(options: Mapping[str, Any]) -> Sampling:
     valid = set(Sampling.__dataclass_fields__)
     for name in named:
         if name not in valid:
-            raise OptionError(f"option {name!r} is unknown; valid: {choices(sorted(valid))}")
+            known = choices(sorted({*OPTIONS, *ALIASES, *valid}))
+            raise OptionError(f"option {name!r} is unknown; valid: {known}")
     return Sampling(**named)

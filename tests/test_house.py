@@ -31,7 +31,7 @@ RANKS = {
     **dict.fromkeys(("assemble", "passes", "cache", "_native"), 6),
     "machines": 7,
     **dict.fromkeys(("hardware", "cycle"), 8),
-    **dict.fromkeys(("clock", "engine"), 9),
+    **dict.fromkeys(("roofline", "clock", "engine"), 9),
     **dict.fromkeys(("reports", "debug", "train", "serve", "tune"), 10),
     "model": 11,
     "cli": 12,

@@ -1,20 +1,20 @@
 """The command line: `lmclock VERB`. One file per verb, loaded when it is called.
 
 An error a user can cause is one sentence on stderr and exit code 1 (2 for wrong usage, as click
-has it); a closed pipe ends
-quietly; Ctrl-C exits with 130.
+has it). When whoever reads the output has gone, the command ends quietly with 1, as click has it;
+Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
+from difflib import get_close_matches
 
 import click
 
 from lmclock import settings
-from lmclock.errors import LmclockError
+from lmclock.errors import LmclockError, choices
 
 VERBS = {
     "run": "generate text, or chat",
@@ -51,9 +51,12 @@ class _Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
             return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            message = f"{error.message.rstrip('.')}; valid: {', '.join(VERBS)}"
-            raise click.UsageError(message, ctx) from None
+        except click.UsageError:
+            close = get_close_matches(args[0], VERBS, 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise click.UsageError(
+                f"there is no verb {args[0]!r}{hint}; valid: {choices(VERBS)}", ctx
+            ) from None
 
 
 @click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,8 +81,4 @@ def main() -> None:
         code = 1
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        # Whoever read our output has gone: nothing more can be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code if isinstance(code, int) else 0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 
 import click
-from rich.table import Table
 
 from lmclock.cli import options
 from lmclock.debug.diff import TOLERANCE, Difference, diff
@@ -19,10 +19,25 @@ from lmclock.model import tokenizer_of
 @click.option("--b", "second", type=click.Choice(list(MACHINES)), default="native",
               show_default=True)  # fmt: skip
 @options.prompt_options
-@click.option("-n", "steps", type=click.IntRange(0), default=1, help="Decode cycles.")
-@click.option("--tolerance", type=float, default=TOLERANCE, show_default=True, help="NMSE.")
+@click.option(
+    "-n",
+    "steps",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Decode cycles after the prompt.",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    default=TOLERANCE,
+    show_default=True,
+    help="Largest normalised mean square error (NMSE) that is no divergence.",
+)
 @click.option("--accumulate", is_flag=True, help="Let b go on with its own numbers.")
-@click.option("--worst", type=click.IntRange(1), default=10, help="Instructions to list.")
+@click.option(
+    "--worst", type=click.IntRange(1), default=10, show_default=True, help="Results to list."
+)
 @options.json_option
 def command(
     loading: options.Loading,
@@ -36,22 +51,20 @@ def command(
     as_json: bool,
 ) -> None:
     assembled, program = loading.program()
-    ids = tokenizer_of(assembled).encode(prompt or options.DEFAULT_PROMPT)
-    a, b = create(first), create(second)
-    try:
+    text = options.DEFAULT_PROMPT if prompt is None else prompt
+    ids = tokenizer_of(assembled).encode(text)
+    with closing(create(first)) as a, closing(create(second)) as b:
         found = diff(program, assembled.weights, a, b, ids, steps, accumulate)
-    finally:
-        a.close()
-        b.close()
     diverged = next((d for d in found if d.diverges(tolerance)), None)
     if as_json:
+        entries = [dataclasses.asdict(d) | {"diverges": d.diverges(tolerance)} for d in found]
         options.print_json(
             {
                 "a": first,
                 "b": second,
                 "tolerance": tolerance,
-                "first_diverging": dataclasses.asdict(diverged) if diverged else None,
-                "instructions": [dataclasses.asdict(d) for d in found],
+                "first_diverging": next((e for e in entries if e["diverges"]), None),
+                "instructions": entries,
             }
         )
     else:
@@ -68,19 +81,17 @@ def _print(
     tolerance: float,
     worst: int,
 ) -> None:
-    out = options.console()
-    table = Table(box=None, pad_edge=False)
-    for name in ("NMSE", "largest", "cycle", "number", "instruction"):
-        table.add_column(name, justify="left" if name == "instruction" else "right")
+    def row(*cells: object) -> None:
+        click.echo("{:>8}  {:>8}  {:>5}  {:>6}  {}".format(*cells))
+
+    click.echo(f"{first} against {second}, {len(found)} results, the worst {worst}:")
+    row("NMSE", "largest", "cycle", "number", "instruction")
     for d in sorted(found, key=lambda d: -d.nmse)[:worst]:
-        table.add_row(f"{d.nmse:.1e}", f"{d.largest:.1e}", f"{d.cycle}", f"{d.number}", d.text)
-    out.print(f"{first} against {second}, {len(found)} results, the worst {worst}:")
-    out.print(table)
+        row(f"{d.nmse:.1e}", f"{d.largest:.1e}", d.cycle, d.number, d.text)
     if diverged is None:
-        out.print(f"no instruction diverges (NMSE <= {tolerance:g})", highlight=False)
+        click.echo(f"no instruction diverges (NMSE <= {tolerance:g})")
         return
-    out.print(
-        f"first to diverge: cycle {diverged.cycle}, instruction {diverged.number}, "
-        f"NMSE {diverged.nmse:.1e} > {tolerance:g}: {diverged.text}",
-        highlight=False,
+    click.echo(
+        f"first to diverge: cycle {diverged.cycle}, instruction {diverged.number}, value "
+        f"{diverged.value}, NMSE {diverged.nmse:.1e} > {tolerance:g}: {diverged.text}"
     )

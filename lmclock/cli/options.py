@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from lmclock.assemble import Assembled, assemble
 from lmclock.errors import FileError, OptionError
 from lmclock.files.pull import pull
 from lmclock.machines import MACHINES
-from lmclock.model import Model, load
+from lmclock.model import Model, load, sampling_of
 from lmclock.passes import optimise
 from lmclock.program import CACHE_FORMATS, Program
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_PROMPT = "The clock of a processor is"
@@ -102,8 +105,12 @@ def model_options(function: Function) -> Function:
 
     @functools.wraps(function)
     def command(
-        loading: Loading, machine: str, threads: int | None, context: int, chunk: int, **rest: Any
-    ) -> Any:
+        loading: Loading, machine: str, threads: int | None, context: int, batch: int, ubatch: int,
+        **rest: Any,
+    ) -> Any:  # fmt: skip
+        if threads and machine != "native":
+            raise click.UsageError(f"-t is for --machine native; {machine} runs on one thread")
+        chunk = min(batch, ubatch)
         whole = replace(loading, machine=machine, threads=threads, context=context, chunk=chunk)
         return function(loading=whole, **rest)
 
@@ -117,8 +124,12 @@ def model_options(function: Function) -> Function:
                 help="Most positions of a sequence; 0: from the model, at most 8192.",
             ),
             click.option(
-                "-b", "--batch-size", "chunk", type=click.IntRange(1), default=512,
+                "-ub", "--ubatch-size", "ubatch", type=click.IntRange(1), default=512,
                 show_default=True, help="Most prompt tokens in one cycle.",
+            ),
+            click.option(
+                "-b", "--batch-size", "batch", type=click.IntRange(1), default=2048,
+                show_default=True, help="The same; the smaller of the two counts.",
             ),
         )
     )  # fmt: skip
@@ -141,10 +152,14 @@ def prompt_options(function: Function) -> Function:
 
 
 def _read(name: str) -> str:
+    """The text of a file, without the line end an editor leaves at its end."""
     try:
-        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"cannot read prompt file {name}: {error}") from None
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise FileError(f"cannot read prompt file {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise FileError(f"prompt file {name} is not UTF-8: byte {error.start} is wrong") from None
 
 
 def sampling_options(function: Function) -> Function:
@@ -154,11 +169,13 @@ def sampling_options(function: Function) -> Function:
     def command(count: int, seed: int, logit_bias: tuple[str, ...], **rest: Any) -> Any:
         if count < -1:
             raise OptionError(f"-n {count} is out of range; valid: -1 (no limit), 0 or more")
-        sampling = {name: rest.pop(name) for name in _SAMPLING}
-        sampling["max_new_tokens"] = None if count == -1 else count
-        sampling["seed"] = secrets.randbits(32) if seed == -1 else seed
-        sampling["logit_bias"] = dict(_bias(item) for item in logit_bias)
-        return function(sampling=sampling, **rest)
+        settings = {name: rest.pop(name) for name in _SETTINGS}
+        settings["seed"] = secrets.randbits(32) if seed == -1 else seed
+        settings["logit_bias"] = dict(_bias(item) for item in logit_bias)
+        sampling_of(settings)  # what is out of range is said before a model is loaded
+        others = {name: rest.pop(name) for name in ("stop", "ignore_eos")}
+        most = None if count == -1 else count
+        return function(sampling={**settings, **others, "max_new_tokens": most}, **rest)
 
     return _with(
         command,
@@ -180,8 +197,7 @@ def sampling_options(function: Function) -> Function:
     )  # fmt: skip
 
 
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency",
-             "stop", "ignore_eos")  # fmt: skip
+_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency")
 
 
 def _bias(item: str) -> tuple[int, float]:
@@ -196,10 +212,31 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 
 
 def console(stderr: bool = False) -> Console:
-    """Plain when piped or under NO_COLOR; tables keep their width when not on a terminal."""
+    """Plain when piped or under NO_COLOR; lines keep their width when not on a terminal."""
+    from rich.console import Console
+
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else 120, soft_wrap=True)
 
 
+def measure_limits(model: Model) -> None:
+    """Have the limits of the model's machine ready, and say so when that takes its time."""
+
+    def heard(what: str) -> None:
+        if what.startswith("round 1 "):
+            click.echo("measuring the limits of this machine, once, some seconds ...", err=True)
+
+    model.limits(heard)
+
+
 def print_json(data: object) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    """What JSON cannot hold, an infinity or NaN, as null."""
+    click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(data: object) -> object:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data

@@ -1,24 +1,28 @@
 """`lmclock run`: continue a prompt, or chat.
 
 With -p or -f the continuation, and nothing else, goes to stdout. Without, it is a chat: a line is
-a turn, Ctrl-C stops a
-reply, an empty line or Ctrl-D ends it; piped lines are turns too. After each reply the clock says
-in one line how fast it was
-and how near to the limit.
+a turn, `/clear` forgets what was said, Ctrl-C stops a reply, `/exit` or Ctrl-D ends it; piped lines
+are turns too. After each reply the clock says in one line how fast it was and how near to the
+limit.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lmclock.cli import options
 from lmclock.errors import LmclockError
-from lmclock.model import Model, Reply, TextStream
+
+if TYPE_CHECKING:
+    from lmclock.model import Model, Reply, TextStream
+
+INTERRUPTED = 130  # exit code, as shells have it
 
 
 @click.command("run", help="Continue a prompt (-p, -f), or chat with the model.")
@@ -45,20 +49,22 @@ def command(
         turn = _messages([], system, prompt) if chat or system else prompt
         reply = _print(model.stream(turn, **sampling), quiet=as_json)
         if as_json:
-            options.print_json(_as_dict(reply))
+            options.measure_limits(model)
+            options.print_json(_as_dict(reply, sampling))
+        if reply.finish == "cancelled":
+            raise click.exceptions.Exit(INTERRUPTED)
 
 
 def _messages(history: list[dict[str, str]], system: str | None, text: str) -> list[dict[str, str]]:
-    first = [{"role": "system", "content": system}] if system and not history else []
+    first = [{"role": "system", "content": system}] if system else []
     return [*first, *history, {"role": "user", "content": text}]
 
 
 def _print(stream: TextStream, quiet: bool = False) -> Reply:
     """Write the pieces as they come. The first Ctrl-C ends the sequence between two cycles."""
-    stopped = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        stopped.append(number)
+        stream.cancel()
         signal.signal(signal.SIGINT, before)  # a second one is not ours
 
     before = signal.signal(signal.SIGINT, stop)
@@ -67,8 +73,6 @@ def _print(stream: TextStream, quiet: bool = False) -> Reply:
             if not quiet:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
-            if stopped:
-                break
     finally:
         signal.signal(signal.SIGINT, before)
     if not quiet:
@@ -78,37 +82,52 @@ def _print(stream: TextStream, quiet: bool = False) -> Reply:
 
 
 def _chat(model: Model, system: str | None, sampling: dict[str, Any]) -> None:
-    """Turns until the input ends; a reply that cannot fit is an error of that turn only."""
+    """Turns until the input ends; at a terminal an error ends its turn only."""
     terminal = sys.stdin.isatty()
     errors = options.console(stderr=True)
     if terminal:
-        errors.print("[dim]chat: Ctrl-C stops a reply, an empty line or Ctrl-D ends[/]")
+        errors.print("[dim]Ctrl-C stops a reply; /clear starts afresh; /exit or Ctrl-D ends[/]")
     history: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("> ") if terminal else sys.stdin.readline()
-        except (EOFError, KeyboardInterrupt):
-            break
-        if not line.strip():
-            break
-        messages = _messages(history, system, line.rstrip("\n"))
+    for line in _turns(terminal):
+        if line == "/clear":
+            history = []
+            continue
+        messages = _messages(history, system, line)
         try:
             reply = _print(model.stream(messages, **sampling))
         except LmclockError as error:
             if not terminal:
                 raise
-            errors.print(f"lmclock: {error}", style="red", highlight=False)
+            errors.print(f"lmclock: {error}", style="red", highlight=False, markup=False)
             continue
-        history = [*messages, {"role": "assistant", "content": reply.text}]
-        model.recorded.clear()
-        errors.print(f"[dim]{reply.clock}[/]", highlight=False)
+        answer = {"role": "assistant", "content": reply.text}
+        history += [{"role": "user", "content": line}, answer]
+        options.measure_limits(model)
+        errors.print(str(reply.clock), style="dim", highlight=False, markup=False)
 
 
-def _as_dict(reply: Reply) -> dict[str, Any]:
+def _turns(terminal: bool) -> Iterator[str]:
+    """The lines of the user that say something, until `/exit` or the end."""
+    while True:
+        try:
+            line = input("> ") if terminal else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            click.echo(err=True)
+            return
+        except UnicodeDecodeError as error:
+            raise LmclockError(f"the input is not UTF-8: byte {error.start} is wrong") from None
+        if (not terminal and not line) or line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _as_dict(reply: Reply, sampling: dict[str, Any]) -> dict[str, Any]:
     return {
         "text": reply.text,
         "tokens": list(reply.tokens),
         "finish": reply.finish,
         "prompt_tokens": reply.prompt_tokens,
+        "sampling": sampling,
         "clock": reply.clock.summary,
     }

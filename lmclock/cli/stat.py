@@ -24,13 +24,14 @@ def command(
     hottest: int,
     as_json: bool,
 ) -> None:
-    text = prompt or options.DEFAULT_PROMPT
+    text = options.DEFAULT_PROMPT if prompt is None else prompt
     if sampling["max_new_tokens"] is None:
         sampling["max_new_tokens"] = 64
-    with loading.load() as model:
-        # One unrecorded reply first: pages are touched and caches warm when the clock starts.
-        model.generate(text, **{**sampling, "max_new_tokens": 2})
-        model.engine.cache.forget_prefixes()
+    # Without reuse of prefixes the reply computes its whole prompt, though the first one did too.
+    with loading.load(prefix_reuse=False) as model:
+        options.measure_limits(model)
+        # One reply that does not count: pages are touched and caches warm when the clock starts.
+        model.generate(text, **{**sampling, "max_new_tokens": min(2, sampling["max_new_tokens"])})
         reply = model.generate(text, **sampling)
         report = summary(model.clock(reply.cycles), model.machine.traits)
     if as_json:

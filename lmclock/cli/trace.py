@@ -25,19 +25,30 @@ def command(
     sampling: dict[str, Any],
     as_json: bool,
 ) -> None:
+    text = options.DEFAULT_PROMPT if prompt is None else prompt
     if sampling["max_new_tokens"] is None:
         sampling["max_new_tokens"] = 16
-    if not Path(output).resolve().parent.is_dir():
-        raise FileError(f"cannot write {output}: its folder does not exist")
+    _check_output(Path(output))
     with loading.load() as model:
-        reply = model.generate(prompt or options.DEFAULT_PROMPT, **sampling)
+        reply = model.generate(text, **sampling)
         try:
             with open(output, "w", encoding="utf-8") as file:
-                events = write_trace(reply.cycles, model.program, model.machine.traits, file)
+                written = write_trace(reply.cycles, model.program, model.machine.traits, file)
         except OSError as error:
-            raise FileError(f"cannot write {output}: {error}") from None
+            raise FileError(f"cannot write {output}: {error.strerror}") from None
     size = Path(output).stat().st_size
     if as_json:
-        options.print_json({"file": output, "cycles": len(reply.cycles), "events": events})
-    else:
-        click.echo(f"{output}: {len(reply.cycles)} cycles, {events} events, {size:,} bytes")
+        options.print_json({"file": output, "cycles": written.cycles, "events": written.events})
+        return
+    click.echo(f"{output}: {written.cycles} cycles, {written.events} events, {size:,} bytes")
+    if written.cycles < len(reply.cycles):
+        left = len(reply.cycles) - written.cycles
+        click.echo(f"{left} more cycles were left out, to keep the file small", err=True)
+
+
+def _check_output(path: Path) -> None:
+    """What is plainly wrong is said before the work starts."""
+    if path.is_dir():
+        raise FileError(f"cannot write {path}: it is a folder")
+    if not path.absolute().parent.is_dir():
+        raise FileError(f"cannot write {path}: there is no folder {path.parent}")

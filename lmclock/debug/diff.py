@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmclock.batch import SAMPLING, Batch, Rows
-from lmclock.errors import ContextError
+from lmclock.errors import ContextError, OptionError, UnsupportedError
 from lmclock.isa import Instruction
 from lmclock.listing import assembly
 from lmclock.machines import Capacity, Machine, Tensor
@@ -26,13 +26,14 @@ PAGE = 64
 
 @dataclass(frozen=True)
 class Difference:
-    """One instruction in one cycle. `nmse` is inf when one machine has a NaN where the other has
-    none.
+    """One result of one instruction in one cycle. `nmse` is inf where only one machine has a NaN
+    or an infinity, or both have different ones.
     """
 
     cycle: int
     number: int
     text: str
+    value: str
     nmse: float
     largest: float  # largest absolute difference
 
@@ -51,14 +52,22 @@ def diff(
 ) -> list[Difference]:
     """A prefill of `ids`, then `steps` decode cycles on a's greedy tokens; one entry per result.
 
-    ContextError when they do not fit the program's context.
+    ContextError when they do not fit the program's context, UnsupportedError for a program that
+    takes more than token ids or does not sample.
     """
+    body = program.section("step").instructions
+    strangers = [i.name for i in program.inputs if i.name not in ("ids", "pos")]
+    if strangers or body[-1].op != "sample":
+        what = f"reads {strangers[0]}" if strangers else "does not sample"
+        raise UnsupportedError(f"diff runs programs from ids to a sampled token; this one {what}")
+    if not len(ids):
+        raise OptionError("the prompt is empty; it needs at least 1 token")
     total = len(ids) + steps
     if program.context and total > program.context:
         raise ContextError(f"{total} tokens do not fit the context of {program.context}")
     pages = {s.name: -(-total // PAGE) for s in program.states if s.kind == "paged"}
     capacity = Capacity(rows=len(ids), picks=1, slots=1, page_size=PAGE, pages=pages)
-    keep = tuple(o for i in program.section("step").instructions for o in i.outs)
+    keep = tuple(o for i in body for o in i.outs)
     for machine in (a, b):
         machine.load(program, weights, capacity, keep=keep)
     found: list[Difference] = []
@@ -67,12 +76,12 @@ def diff(
         batch = _batch(program, tokens[first:], first, pages)
         for machine in (a, b):
             machine.bind(batch)
-        for number, i in enumerate(program.section("step").instructions):
+        for number, i in enumerate(body):
             found += _instruction(a, b, i, cycle, number, accumulate)
         for machine in (a, b):
             machine.commit()
         first = len(tokens)
-        tokens.append(int(a.read(program.section("step").instructions[-1].outs[0])[0, 0]))
+        tokens.append(int(a.read(body[-1].outs[0])[0, 0]))
     return found
 
 
@@ -84,7 +93,7 @@ def _instruction(
     found = []
     for name in i.outs:
         x, y = a.read(name), b.read(name)
-        found.append(Difference(cycle, number, assembly(i), *compare(x, y)))
+        found.append(Difference(cycle, number, assembly(i), name, *compare(x, y)))
         if not accumulate:
             b.write(name, x)  # the next instructions start from the same numbers
     return found
@@ -93,28 +102,25 @@ def _instruction(
 def compare(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """(normalised mean square error, largest absolute difference) of y against x."""
     x, y = x.astype(np.float64), y.astype(np.float64)
-    if not (np.isfinite(x) == np.isfinite(y)).all():
+    finite = np.isfinite(x) & np.isfinite(y)
+    if x.shape != y.shape or not np.array_equal(x[~finite], y[~finite], equal_nan=True):
         return float("inf"), float("inf")
-    same = np.isfinite(x)
-    gap = x[same] - y[same]
-    if not gap.size or not gap.any():
+    gap = x[finite] - y[finite]
+    if not gap.any():
         return 0.0, 0.0
-    power = float((x[same] ** 2).sum())
+    power = float((x[finite] ** 2).sum())
     error = float((gap**2).sum())
     return (error / power if power else float("inf")), float(np.abs(gap).max())
 
 
 def _batch(program: Program, ids: list[int], first: int, pages: dict[str, int]) -> Batch:
     rows = Rows.of([(first, len(ids))])
-    inputs = {i.name: np.zeros((len(ids), i.width), np.int32) for i in program.inputs}
-    inputs["ids"] = np.array(ids, np.int32).reshape(-1, 1)
-    if "pos" in inputs:
-        inputs["pos"] = rows.positions.reshape(-1, 1)
+    inputs = {"ids": np.array(ids, np.int32)[:, None], "pos": rows.positions[:, None]}
     greedy = np.zeros(1, SAMPLING)
     greedy["top_p"] = greedy["repetition"] = 1
     return Batch(
         {"tok": rows},
-        inputs,
+        {i.name: inputs[i.name] for i in program.inputs},
         np.zeros(1, np.int32),
         {name: [np.arange(count, dtype=np.int32)] for name, count in pages.items()},
         page_size=PAGE,

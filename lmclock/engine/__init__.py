@@ -7,7 +7,8 @@
 
 The machine has already loaded the program with the same capacity. A cycle is four stages, each in
 the file of its name: fetch, decode, execute (here), write_back. Time is the machine's, read where
-one stage follows the other. The engine knows token ids only; text is stream.py's.
+one stage follows the other. The engine knows token ids only: text is made in `Request.sink`.
+Perplexity reads rows: `Request(ids, 0, want={"logits": receiver}, pick_all=True)`.
 An engine belongs to one thread.
 """
 
@@ -36,9 +37,10 @@ __all__ = ["Engine", "Event", "Request", "Sampling", "capacity_for"]
 
 
 class Engine:
-    """See the module's header. `chunk` bounds the rows of a prompt in one cycle, `invariant` says
-    that the machine gives a prompt the same bits however it is cut, `prefix_reuse` shares cached
-    pages between equal beginnings. `on_cycle` hears every cycle.
+    """See the module's header. `chunk` bounds the rows of a prompt in one cycle; `invariant` says
+    that the machine gives a prompt the same bits however it is cut (fetch.py). `prefix_reuse`
+    shares cached pages between equal beginnings, so that what follows is cut elsewhere. `on_cycle`
+    hears every cycle.
     """
 
     def __init__(
@@ -79,10 +81,15 @@ class Engine:
         """Whether `step` has anything to do or to tell."""
         return bool(self.live or self._news)
 
+    def check(self, request: Request) -> int:
+        """The length at which the request would be finished; the errors of `add` when it cannot
+        run.
+        """
+        return last_length(request, self.program, self.facts, self.cache, self.capacity)
+
     def add(self, request: Request) -> int:
         """Queue a sequence and return its number. Errors (see Request) come before any work."""
-        last = last_length(request, self.program, self.facts, self.cache, self.capacity)
-        sequence = self._enter(request, last)
+        sequence = self._enter(request, self.check(request))
         self.scheduler.add(sequence)
         return sequence.id
 
@@ -153,7 +160,7 @@ class Engine:
         self._cycles += 1
         cycle = Cycle(
             self._cycles - 1, batch, tuple(runs), (begin, fetched, decoded, executed, now()),
-            outcome.prompt_rows, outcome.decode_rows, 0, outcome.retired,
+            outcome.prompt_rows, outcome.decode_rows, outcome.retired, tuple(outcome.decoding),
         )  # fmt: skip
         if self.on_cycle:
             self.on_cycle(cycle)

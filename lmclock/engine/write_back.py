@@ -25,6 +25,7 @@ class Outcome:
     prompt_rows: int = 0
     decode_rows: int = 0
     retired: int = 0
+    decoding: list[bool] = field(default_factory=list)
 
 
 def write_back(
@@ -47,6 +48,7 @@ def write_back(
         assert sequence.held is not None
         at += picks
         end = first + count
+        outcome.decoding.append(first >= sequence.prompt_length)
         if first < sequence.prompt_length:
             outcome.prompt_rows += count
         else:

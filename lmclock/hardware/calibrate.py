@@ -17,6 +17,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -24,7 +25,7 @@ import numpy as np
 
 from lmclock import settings
 from lmclock.batch import Batch, Rows
-from lmclock.errors import FileError, OptionError
+from lmclock.errors import OptionError
 from lmclock.hardware.limits import Limits, Measured
 from lmclock.listing import parse
 from lmclock.machines import Capacity, Machine, create
@@ -52,7 +53,7 @@ def calibrate(
     count = threads or settings.threads()
     path = path or settings.simd_path() or _native.simd_paths()[0]
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
-    sizes = [size for size in FOOTPRINTS if size <= room]
+    sizes = [size for size in FOOTPRINTS if size <= room] or [FOOTPRINTS[0]]
     buffer = _huge_buffer(sizes[-1])
     crew = _Crew(count)
     jobs: dict[int | str, Job] = {}
@@ -83,15 +84,22 @@ def calibrate(
     )
 
 
-def limits(threads: int | None = None, path: str | None = None) -> Limits:
-    """The cached limits of this host, measured first when there are none."""
+def limits(
+    threads: int | None = None,
+    path: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Limits:
+    """The cached limits of this host. Where there are none, or no sound ones, they are measured,
+    which `progress` hears, and cached if the cache can be written.
+    """
     file = cache_file(threads, path)
-    if file.exists():
-        try:
-            return msgspec.json.decode(file.read_bytes(), type=Limits)
-        except (msgspec.DecodeError, OSError) as error:
-            raise FileError(f"calibration {file} is damaged ({error}); delete it") from None
-    return save(calibrate(threads, path), file)
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Limits)
+    except (OSError, msgspec.DecodeError):
+        found = calibrate(threads, path, progress=progress)
+    with suppress(OSError):
+        save(found, file)
+    return found
 
 
 def save(found: Limits, file: Path) -> Limits:

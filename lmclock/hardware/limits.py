@@ -7,10 +7,12 @@ it.
 
 from __future__ import annotations
 
-import bisect
-import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from lmclock.errors import UnsupportedError, choices
 
@@ -46,21 +48,22 @@ class Limits:
     step: Measured
 
     @cached_property
-    def _curve(self) -> tuple[list[float], list[float]]:
-        return (
-            [math.log(size) for size, _ in self.bandwidth],
-            [math.log(rate.best) for _, rate in self.bandwidth],
-        )
+    def _curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        sizes, rates = zip(*self.bandwidth, strict=True)
+        table = np.array([(rate.best, rate.spread) for rate in rates])
+        return np.log(np.array(sizes, float)), np.log(table[:, 0]), table[:, 1]
 
-    def bytes_per_second(self, footprint: float) -> float:
-        """The bandwidth at a reuse distance of `footprint` bytes, interpolated on log scales."""
-        sizes, rates = self._curve
-        x = math.log(max(footprint, 1))
-        k = bisect.bisect_left(sizes, x)
-        if k == 0 or k == len(sizes):
-            return math.exp(rates[min(k, len(sizes) - 1)])
-        part = (x - sizes[k - 1]) / (sizes[k] - sizes[k - 1])
-        return math.exp(rates[k - 1] + part * (rates[k] - rates[k - 1]))
+    def bytes_per_second(self, footprint: ArrayLike) -> Any:
+        """The bandwidth at reuse distances of `footprint` bytes (a number, or an array of them),
+        interpolated on log scales; beyond the measured footprints, that of the nearest one.
+        """
+        sizes, rates, _ = self._curve
+        return np.exp(np.interp(np.log(np.maximum(footprint, 1)), sizes, rates))
+
+    def spread_at(self, footprint: float) -> float:
+        """The spread of that bandwidth."""
+        sizes, _, spreads = self._curve
+        return float(np.interp(np.log(max(footprint, 1)), sizes, spreads))
 
     def peak(self, kind: str) -> float:
         """Operations per second of an arithmetic kind: int8, bf16 or f32."""

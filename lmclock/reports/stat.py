@@ -1,25 +1,26 @@
 """`stat` as text, in the manner of perf stat: counts, `#` comments with rates, a tree, the hottest.
 
-Input is what `summary` returns; nothing is computed here but units.
+Input is what `summary` returns; nothing is computed here but units. 80 columns are enough.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LEAF_TITLES = {
     "memory_limit": "at the memory limit",
     "compute_limit": "at the compute limit",
-    "memory_gap": "above the memory limit (inferred: the memory roof binds)",
-    "core_gap": "above the compute limit (inferred: the compute roof binds)",
+    "memory_gap": "memory-side gap *",
+    "core_gap": "core-side gap *",
     "discarded": "discarded rows",
-    "wait": "waiting (barriers, imbalance)",
+    "wait": "wait (barriers, imbalance)",
     "front_end": "front end (fetch, decode, write back)",
 }
 ORDER = ("encode", "prefill", "mixed", "decode")
+COLUMNS = "{:>7}  {:<25.25} {:>5}  {:>6}  {:>6}  {:>8}  {:<7}"
 
 
 def si(value: float, unit: str) -> str:
@@ -39,85 +40,89 @@ def clock_time(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
 def print_stat(report: dict[str, Any], console: Console, hottest: int = 10) -> None:
     """The whole report; `hottest` instructions per kind of cycle."""
     machine, limits = report["machine"], report["limits"]
-    console.print(
-        f"[bold]{report['program']}[/] on {machine['name']} ({limits['path']}, "
-        f"{machine['threads']} threads), {limits['processor']}",
-        highlight=False,
-    )
+
+    def say(line: str = "", style: str | None = None) -> None:
+        console.print(line, style=style, highlight=False, markup=False)
+
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    say(f" {report['program']} on {machine['name']}, {threads}, {limits['processor']}", "bold")
     for kind in ORDER:
         if kind in report["kinds"]:
-            _print_kind(kind, report["kinds"][kind], console, hottest)
-    console.print(
-        f"\n times in {machine['tick_source']} ticks at {machine['ticks_per_second'] / 1e6:,.1f} "
-        f"MHz; limits measured {limits['when']}, repetitions vary by up to "
-        f"{100 * limits['spread']:.0f} %",
-        highlight=False,
+            say(f"\n {kind}", "bold")
+            for line in _kind(report["kinds"][kind], hottest):
+                say(line)
+    say(
+        f"\n times in {machine['tick_source']} ticks of "
+        f"{machine['ticks_per_second'] / 1e6:,.1f} MHz; * inferred from the roof that binds"
+    )
+    of = f"{limits['path']}, {limits['threads']} thread{'s' * (limits['threads'] != 1)}"
+    say(
+        f" limits ({of}) measured {limits['when']}, "
+        f"repetitions vary by up to {percent(limits['spread'])}"
     )
 
 
-def _print_kind(kind: str, k: dict[str, Any], console: Console, hottest: int) -> None:
-    console.print(f"\n[bold]{kind}[/]")
-    tokens = k["prompt_tokens"] + k["decode_rows"]
-    per_cycle = k["seconds"] / max(k["cycles"], 1)
-    rows = [
-        (f"{k['cycles']:,}", "cycles", f"{si(k['hz'], 'Hz')}, {clock_time(per_cycle)} a cycle"),
-        (
-            f"{tokens:,}",
-            "tokens in",
-            f"{k['rows_per_cycle']:.2f} a cycle, {k['rows_per_second']:,.1f} tok/s",
-        ),
-        (f"{k['retired']:,}", "tokens out", f"{k['tokens_per_cycle']:.2f} a cycle"),
-        (
-            si(k["bytes_per_cycle"] * k["cycles"], "B"),
-            "moved at least",
-            f"{si(k['bytes_per_cycle'], 'B')} a cycle, {si(k['bytes_per_second'], 'B/s')}",
-        ),
-        (
-            si(k["operations_per_cycle"] * k["cycles"], "op"),
-            "operations",
-            f"{si(k['operations_per_second'], 'op/s')}",
-        ),
-        (
-            clock_time(k["bound_seconds_per_cycle"]),
-            "limit of a cycle",
-            f"{100 * k['of_bound']:.1f} % of the limit reached",
-        ),
-    ]
-    for value, name, comment in rows:
-        console.print(f"{value:>16}  {name:<18} # {comment}", highlight=False)
-    stages = ", ".join(
-        f"{name} {clock_time(t)}" for name, t in k["stages"].items() if name != "execute"
-    )
-    run = clock_time(k["run_seconds_per_cycle"])
-    entry = clock_time(k["stages"]["execute"])
-    console.print(f"\n  stages: {stages}, execute {run} (+ {entry} around it)", highlight=False)
-    console.print("\n  where the time goes", highlight=False)
+def _kind(k: dict[str, Any], hottest: int) -> list[str]:
+    lines = [f"{value:>14}  {name:<17} # {comment}" for value, name, comment in _counts(k)]
+    lines += ["", "  where the time goes"]
     for leaf, share in k["tree"].items():
-        bar = "#" * round(30 * share)
-        console.print(f"  {100 * share:6.1f} %  {LEAF_TITLES[leaf]:<60} {bar}", highlight=False)
-    console.print(
-        f"  100.0 %  of {clock_time(k['seconds'])}; model error {100 * k['model_error']:.1f} % "
-        "(instructions faster than their limit)",
-        highlight=False,
-    )
-    console.print()
-    console.print(_hottest(k["instructions"][:hottest]))
-
-
-def _hottest(entries: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, side in (
-        ("  time", "right"), ("instruction", "left"), ("times", "right"), ("GB/s", "right"),
-        ("Gop/s", "right"), ("of limit", "right"), ("bound", "left"),
-    ):  # fmt: skip
-        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
-    for e in entries:
-        table.add_row(
-            f"{100 * e['share']:.1f} %", e["name"], f"{e['count']}",
+        line = f"  {percent(share, 1):>7}  {LEAF_TITLES[leaf]:<38} {'#' * round(30 * share)}"
+        lines.append(line.rstrip())
+    lines += [
+        f"  100.0 %  of {clock_time(k['seconds'])}; model error {percent(k['model_error'], 1)} "
+        "(faster than the limit)",
+        "",
+        COLUMNS.format("time", "instruction", "times", "GB/s", "Gop/s", "of limit", "bound"),
+    ]
+    for e in k["instructions"][:hottest]:
+        line = COLUMNS.format(
+            percent(e["share"], 1), e["name"], e["count"],
             f"{e['bytes_per_second'] / 1e9:.1f}", f"{e['operations_per_second'] / 1e9:.1f}",
-            f"{100 * e['of_limit']:.0f} %", e["bound"],
+            percent(e["of_limit"]), e["bound"],
         )  # fmt: skip
-    return table
+        lines.append(line.rstrip())
+    return lines
+
+
+def _counts(k: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(value, name, comment) of each counter."""
+    cycles = k["cycles"]
+    stages = k["stages"]
+    run = stages["execute"] + k["run_seconds_per_cycle"]
+    each = {**stages, "execute": run}
+    spent = ", ".join(f"{name.replace('_', ' ')} {clock_time(t)}" for name, t in each.items())
+    rows = [(f"{cycles:,}", "cycles", si(k["hz"], "Hz"))]
+    for count, name in ((k["prompt_tokens"], "prompt rows"), (k["decode_rows"], "decode rows")):
+        if count:
+            rows.append(
+                (f"{count:,}", name, f"{count / cycles:.2f} a cycle, "
+                 f"{count / k['seconds']:,.1f} tok/s")
+            )  # fmt: skip
+    rows += [
+        (f"{k['retired']:,}", "generated tokens",
+         f"{k['tokens_per_cycle']:.2f} a cycle, {k['tokens_per_second']:,.1f} tok/s"),
+        (si(k["bytes_per_cycle"] * cycles, "B"), "moved at least",
+         f"{si(k['bytes_per_cycle'], 'B')} a cycle, {si(k['bytes_per_second'], 'B/s')}"),
+        (si(k["operations_per_cycle"] * cycles, "op"), "operations",
+         f"{si(k['operations_per_cycle'], 'op')} a cycle, "
+         f"{si(k['operations_per_second'], 'op/s')}"),
+        (clock_time(k["seconds"] / cycles), "a cycle", spent),
+        (clock_time(k["bound_seconds_per_cycle"]), "limit of a cycle",
+         f"{percent(k['of_bound'], 1)} reached; {k['bound_side']} limit, "
+         f"which varies by {percent(k['bound_spread'])}"),
+    ]  # fmt: skip
+    for name, part in k.get("parts", {}).items():
+        share = part["bound_seconds_per_cycle"] / k["bound_seconds_per_cycle"]
+        what = "alone" if name == "decode" else "the rest"
+        rows.append(
+            (clock_time(part["bound_seconds_per_cycle"]), f"- {name} {what}",
+             f"{percent(share)} of the limit, {part['rows']:,} rows")
+        )  # fmt: skip
+    return rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmclock.clock import LEAVES, Clock, Tally
+from lmclock.clock import Clock, Tally
 from lmclock.cycle import STAGES
 from lmclock.isa import Instruction
 from lmclock.machines import Traits
@@ -32,85 +32,108 @@ def summary(clock: Clock, traits: Traits) -> dict[str, Any]:
         "limits": {
             "processor": limits.processor,
             "path": limits.path,
+            "threads": limits.threads,
             "when": limits.when,
             "spread": limits.spread,
             "peaks": {kind: peak.best for kind, peak in limits.peaks.items()},
         },
-        "kinds": {kind: _kind(clock, tally) for kind, tally in sorted(clock.kinds.items())},
+        "kinds": {kind: _kind(clock, kind, clock.kinds[kind]) for kind in sorted(clock.kinds)},
     }
 
 
-def _kind(clock: Clock, tally: Tally) -> dict[str, Any]:
-    seconds = tally.ticks / clock.rate
+def _kind(clock: Clock, kind: str, tally: Tally) -> dict[str, Any]:
     account = tally.account
-    whole = account.total / (clock.rate * account.threads)
-    cycles = max(tally.cycles, 1)
-    moved, done = np.sum([t.sum(axis=0) for t in tally.traffic.values()], axis=0)
-    bound = account.bound / (clock.rate * account.threads)
-    share = {leaf: ticks / max(account.total, 1) for leaf, ticks in account.tree().items()}
+    per_second = clock.rate * account.threads
+    seconds, cycles = tally.ticks / clock.rate, tally.cycles
+    moved, done = np.sum([t.sum(axis=0) for t in tally.traffic.values()], axis=0).tolist()
+    bound = account.bound / per_second
     rows = tally.prompt_tokens + tally.decode_rows
-    return {
-        "cycles": tally.cycles,
+    whole = max(account.total, 1)
+    inside = account.total - sum(account.stages.values())
+    entry = {
+        "cycles": cycles,
         "seconds": seconds,
-        "hz": tally.cycles / seconds if seconds else 0.0,
+        "hz": _rate(cycles, seconds),
         "prompt_tokens": tally.prompt_tokens,
         "decode_rows": tally.decode_rows,
         "retired": tally.retired,
         "rows_per_cycle": rows / cycles,
+        "rows_per_second": _rate(rows, seconds),
         "tokens_per_cycle": tally.retired / cycles,
-        "rows_per_second": rows / seconds if seconds else 0.0,
-        "bytes_per_cycle": float(moved) / cycles,
-        "operations_per_cycle": float(done) / cycles,
-        "bytes_per_second": float(moved) / seconds if seconds else 0.0,
-        "operations_per_second": float(done) / seconds if seconds else 0.0,
+        "tokens_per_second": _rate(tally.retired, seconds),
+        "bytes_per_cycle": moved / cycles,
+        "operations_per_cycle": done / cycles,
+        "bytes_per_second": _rate(moved, seconds),
+        "operations_per_second": _rate(done, seconds),
         "bound_seconds_per_cycle": bound / cycles,
-        "of_bound": bound / seconds if seconds else 0.0,
-        "stages": {
-            stage: account.stages[stage] / max(account.total, 1) * whole / cycles
-            for stage in STAGES
-        },
-        "run_seconds_per_cycle": (account.total - sum(account.stages.values()))
-        / (clock.rate * account.threads)
-        / cycles,
-        "tree": {leaf: share[leaf] for leaf in LEAVES},
-        "model_error": account.model_error / max(account.total, 1),
+        "bound_side": "memory" if tally.memory_seconds >= tally.compute_seconds else "compute",
+        "bound_spread": _spread(clock, tally),
+        "of_bound": _rate(bound, seconds),
+        "stages": {s: account.stages[s] / per_second / cycles for s in STAGES},
+        "run_seconds_per_cycle": inside / per_second / cycles,
+        "tree": {leaf: ticks / whole for leaf, ticks in account.tree().items()},
+        "model_error": account.model_error / whole,
         "instructions": _instructions(clock, tally),
+    }
+    if kind == "mixed":
+        entry["parts"] = _parts(tally, bound, tally.decode_bound / per_second)
+    return entry
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds else 0.0
+
+
+def _spread(clock: Clock, tally: Tally) -> float:
+    """How much the figures vary that the limit of these cycles hangs on."""
+    if tally.memory_seconds >= tally.compute_seconds:
+        return clock.limits.spread_at(tally.cycle_bytes)
+    return max(peak.spread for peak in clock.limits.peaks.values())
+
+
+def _parts(tally: Tally, bound: float, decode: float) -> dict[str, Any]:
+    """A mixed cycle's limit: what its decode rows would need alone, and the rest for its prompt."""
+    return {
+        "decode": {"rows": tally.decode_rows, "bound_seconds_per_cycle": decode / tally.cycles},
+        "prefill": {
+            "rows": tally.prompt_tokens,
+            "bound_seconds_per_cycle": (bound - decode) / tally.cycles,
+        },
     }
 
 
 def _instructions(clock: Clock, tally: Tally) -> list[dict[str, Any]]:
-    """One entry per instruction of the folded program (layers summed), the most time first."""
-    groups: dict[str, dict[str, Any]] = {}
+    """One entry per instruction of the folded program (layers summed), the most time first.
+
+    `of_limit` is above one where the model of the limit is wrong: see `model_error`.
+    """
     account = tally.account
     per_second = clock.rate * account.threads
+    groups: dict[str, dict[str, Any]] = {}
     for section, busy in account.busy.items():
-        body = clock.program.section(section).instructions
-        for k, i in enumerate(body[: len(busy)]):
-            name = title(i)
-            if len(account.busy) > 1:
-                name = f"{section}: {name}"
-            entry = groups.setdefault(
-                name,
-                {"name": name, "op": i.op, "count": 0, "seconds": 0.0, "limit_seconds": 0.0,
-                 "bytes": 0.0, "operations": 0.0, "memory_seconds": 0.0},
-            )  # fmt: skip
+        sums = np.column_stack(
+            [busy / per_second, account.limit[section] / per_second, tally.traffic[section],
+             account.memory_bound[section], account.kept[section]]
+        )  # fmt: skip
+        for i, row in zip(clock.program.section(section).instructions, sums, strict=True):
+            name = title(i) if len(account.busy) == 1 else f"{section}: {title(i)}"
+            entry = groups.setdefault(name, {"name": name, "op": i.op, "count": 0, "sums": 0.0})
             entry["count"] += 1
-            entry["seconds"] += float(busy[k]) / per_second
-            entry["limit_seconds"] += float(account.ideal[section][k]) / per_second
-            entry["memory_seconds"] += float(account.memory_bound[section][k]) / per_second
-            entry["bytes"] += float(tally.traffic[section][k, 0])
-            entry["operations"] += float(tally.traffic[section][k, 1])
-    total = account.total / per_second
-    found = sorted(groups.values(), key=lambda e: -e["seconds"])
-    for entry in found:
-        seconds = entry["seconds"]
-        entry["share"] = seconds / total if total else 0.0
-        entry["bytes_per_second"] = entry["bytes"] / seconds if seconds else 0.0
-        entry["operations_per_second"] = entry["operations"] / seconds if seconds else 0.0
-        entry["of_limit"] = entry["limit_seconds"] / seconds if seconds else 0.0
-        memory = entry.pop("memory_seconds")
-        entry["bound"] = "memory" if 2 * memory >= entry["limit_seconds"] else "compute"
-    return found
+            entry["sums"] += row
+    for entry in groups.values():
+        seconds, limit, moved, done, memory, kept = entry.pop("sums").tolist()
+        entry |= {
+            "seconds": seconds,
+            "limit_seconds": limit,
+            "bytes": moved,
+            "operations": done,
+            "share": _rate(seconds, account.total / per_second),
+            "bytes_per_second": _rate(moved, seconds),
+            "operations_per_second": _rate(done, seconds),
+            "of_limit": _rate(limit, seconds),
+            "bound": "memory" if 2 * memory >= kept else "compute",
+        }
+    return sorted(groups.values(), key=lambda entry: -entry["seconds"])
 
 
 def title(i: Instruction) -> str:
@@ -123,15 +146,15 @@ def one_line(clock: Clock) -> str:
     """A reply's clock in one line: Hz, tokens per cycle, share of the limit."""
     parts = []
     for kind in ("prefill", "mixed", "decode"):
-        tally = clock.kinds.get(kind)
-        if not tally:
+        if kind not in clock.kinds:
             continue
-        k = _kind(clock, tally)
+        k = _kind(clock, kind, clock.kinds[kind])
         if kind == "prefill":
             parts.append(f"prefill {k['prompt_tokens']} tokens, {k['rows_per_second']:,.0f} tok/s")
             continue
         parts.append(
             f"{kind} {k['retired']} tokens, {k['hz']:,.1f} Hz x {k['tokens_per_cycle']:.2f} "
-            f"tokens/cycle, {100 * k['of_bound']:.0f} % of the limit"
+            f"tokens/cycle, {100 * k['of_bound']:.0f} % of the limit "
+            f"(which varies by {100 * k['bound_spread']:.0f} %)"
         )
     return "; ".join(parts) or "no cycle ran"
