@@ -5,7 +5,6 @@ What the engine hands out is held to the same program run row by row without an 
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,14 @@ from lmclock.cycle import Cycle
 from lmclock.engine import Engine, Request, Sampling, capacity_for
 from lmclock.errors import ContextError, OptionError, UnsupportedError
 from lmclock.machines import create
+from lmclock.passes import optimise
 from lmclock.program import Program
 from lmclock.verify import verify
 from tests.helpers import Runner, random_weights
 from tests.test_hard_cases import LSTM, TRANSLATOR
 from tests.tiny import llama
 
-MACHINES = ("array", "native") if find_spec("lmclock.machines.native") else ("array",)
+MACHINES = ("array", "native")
 SAMPLE = "sample   next, logits\n"
 ENCODER = """
 program  bert "sentences"
@@ -141,6 +141,48 @@ def test_logits_of_every_position_for_perplexity(machine: str) -> None:
         np.testing.assert_allclose(np.concatenate(rows), right, atol=2e-5)
 
 
+def logits_of(of: Engine, crowd: bool) -> list[np.ndarray]:
+    """Logits of every prompt position and new token of two sequences, alone or among others."""
+    found = []
+    for n in (29, 12):
+        rows: list[np.ndarray] = []
+        want = {"logits": lambda at, x, rows=rows: rows.append(x.copy())}
+        for k in LENGTHS if crowd else ():
+            of.add(Request(ids(k, 100), 12))
+        of.add(Request(ids(n, 100), 6, Sampling(1.0, seed=n), want=want, pick_all=True))
+        list(of.run())
+        found.append(np.concatenate(rows))
+    return found
+
+
+@pytest.mark.parametrize("cache", ("f32", "f16", "q8_0"))
+def test_bits_do_not_depend_on_company_chunks_paging_or_threads(cache: str) -> None:
+    """Alone in one piece with one thread, and in every other way, on the fast path."""
+    program = llama(width=128, ffn=96, formats=("q8_0", "q4_0", "f32"), cache=cache)
+    program = optimise(verify(program), 2)
+    weights = random_weights(program)
+    found = []
+    for threads, chunk, page_size, tokens, crowd in (
+        (1, 64, 64, 512, False),
+        (2, 64, 8, 512, True),
+        (1, 7, 16, 512, True),
+        (2, 1, 4, 512, False),
+        (2, 16, 4, 60, True),  # with preemption
+    ):
+        capacity = capacity_for(
+            program, sequences=4, tokens=tokens, chunk=chunk, page_size=page_size
+        )
+        machine = create("native", threads=threads)
+        machine.load(program, weights, capacity)
+        of = Engine(machine, program, capacity=capacity, chunk=chunk, invariant=True)
+        found.append(logits_of(of, crowd))
+        assert (of.scheduler.preemptions > 0) == (tokens == 60)
+        of.close()
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_an_encoder_finishes_in_one_cycle_and_hands_out_its_value(machine: str) -> None:
     cycles: list[Cycle] = []
@@ -213,6 +255,13 @@ def test_programs_that_cannot_go_on_generate_one_token_at_most() -> None:
     with pytest.raises(UnsupportedError, match="keeps no state to go on from, so max_new_tokens=2"):
         of.add(Request([1, 2], 2))
     assert len(tokens_of(of, [Request([1, 2, 3])])[0]) == 1
+
+
+def test_sampling_rows_that_are_not_picked_is_refused() -> None:
+    text = "input ids tok ids\nweight t 4x4 f32\nsection step\nembed x, ids, t\nsample next, x"
+    program = verify(listing.parse(f'program p "p"\n{text}\n'))
+    with pytest.raises(UnsupportedError, match="samples x, whose rows are not picked ones"):
+        Engine(create("array"), program, capacity=capacity_for(program))
 
 
 def test_a_program_without_a_section_to_run_is_refused() -> None:

@@ -26,7 +26,7 @@ from tests.helpers import stored
 LOGITS = np.array([1.2, -0.5, 2.0, 0.3, 2.0, -1.5, 0.9, 1.8, -3.0, 0.0], np.float32)
 VOCABULARY = len(LOGITS)
 DRAWS = 2500
-MACHINES = ("array",)
+MACHINES = ("array", "native")
 
 
 @pytest.fixture(scope="module", params=MACHINES)

@@ -41,6 +41,7 @@ class Facts:
     fixed: tuple[str, ...]
     logits: str | None
     next: str | None
+    picks: bool  # some value has a row per picked row
     logits_width: int  # ids that can be sampled
     vocabulary: int | None
     context: int | None
@@ -82,12 +83,18 @@ def read_facts(program: Program) -> Facts:
             f"space {space}; valid: encoder rows are read by encode only"
         )
     positions = _table_rows(program, run, inputs, space, POSITIONS)
+    if sample and types[main][sample.ins[0]].space != "pick":
+        raise UnsupportedError(
+            f"program {program.name!r} samples {sample.ins[0]}, whose rows are not picked ones; "
+            "valid: a sample after pick"
+        )
     carries = main == "step" and all(
         i.state is not None for i in body if i.op in ("attend", "lstm")
     )
     return Facts(
         main, space, encodes, inputs, **states,
         logits=sample.ins[0] if sample else None, next=sample.outs[0] if sample else None,
+        picks=any(i.op == "pick" for i in body),
         logits_width=types[main][sample.ins[0]].width if sample else 0,
         vocabulary=_table_rows(program, run, inputs, space, TOKENS),
         context=min(filter(None, (program.context, positions)), default=None),

@@ -165,6 +165,8 @@ class Scheduler:
     def _picks(self, sequence: Running, first: int, count: int) -> int:
         """How many rows of the span, counted from its end, need logits."""
         end = first + count
+        if not self.facts.picks:
+            return 0
         if sequence.request.pick_all and end <= sequence.prompt_length:
             return min(count, max(0, end - sequence.delivered))
         if self.facts.next is None:
