@@ -20,6 +20,8 @@ LEAF_TITLES = {
     "front_end": "front end (fetch, decode, write back)",
 }
 ORDER = ("encode", "prefill", "mixed", "decode")
+PAIRED = 0.05  # a limit that varies more than this bears no claim but paired ratios
+HEADINGS = ("time", "instruction", "times", "GB/s", "Gop/s", "of limit", "bound")
 COLUMNS = "{:>7}  {:<25.25} {:>5}  {:>6}  {:>6}  {:>8}  {:<7}"
 
 
@@ -63,15 +65,16 @@ def print_stat(report: dict[str, Any], console: Console, hottest: int = 10) -> N
         f"{machine['ticks_per_second'] / 1e6:,.1f} MHz; * inferred from the roof that binds"
     )
     of = f"{limits['path']}, {limits['threads']} thread{'s' * (limits['threads'] != 1)}"
-    say(
-        f" limits ({of}) measured {limits['when']}, "
-        f"repetitions vary by up to {percent(limits['spread'])}"
-    )
+    say(f" limits of {limits['when']} ({of}), which vary by up to {percent(limits['spread'])}")
+    if any(k["bound_spread"] > PAIRED for k in report["kinds"].values()):
+        say(f" a limit that varies by more than {percent(PAIRED)} compares runs side by side only")
 
 
 def _kind(k: dict[str, Any], hottest: int) -> list[str]:
-    lines = [f"{value:>14}  {name:<17} # {comment}" for value, name, comment in _counts(k)]
-    lines += ["", "  where the time goes"]
+    lines = [f"{value:>12}  {name:<16} # {comment}" for value, name, comment in _counts(k)]
+    each = k["stages"] | {"execute": k["stages"]["execute"] + k["run_seconds_per_cycle"]}
+    spent = (f"{name.replace('_', ' ')} {clock_time(t)}" for name, t in each.items())
+    lines += ["", f"  a cycle: {', '.join(spent)}", "", "  where the time goes"]
     for leaf, share in k["tree"].items():
         line = f"  {percent(share, 1):>7}  {LEAF_TITLES[leaf]:<38} {'#' * round(30 * share)}"
         lines.append(line.rstrip())
@@ -79,7 +82,7 @@ def _kind(k: dict[str, Any], hottest: int) -> list[str]:
         f"  100.0 %  of {clock_time(k['seconds'])}; model error {percent(k['model_error'], 1)} "
         "(faster than the limit)",
         "",
-        COLUMNS.format("time", "instruction", "times", "GB/s", "Gop/s", "of limit", "bound"),
+        COLUMNS.format(*HEADINGS).rstrip(),
     ]
     for e in k["instructions"][:hottest]:
         line = COLUMNS.format(
@@ -94,12 +97,10 @@ def _kind(k: dict[str, Any], hottest: int) -> list[str]:
 def _counts(k: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(value, name, comment) of each counter."""
     cycles = k["cycles"]
-    stages = k["stages"]
-    run = stages["execute"] + k["run_seconds_per_cycle"]
-    each = {**stages, "execute": run}
-    spent = ", ".join(f"{name.replace('_', ' ')} {clock_time(t)}" for name, t in each.items())
-    rows = [(f"{cycles:,}", "cycles", si(k["hz"], "Hz"))]
-    for count, name in ((k["prompt_tokens"], "prompt rows"), (k["decode_rows"], "decode rows")):
+    each = clock_time(k["seconds"] / cycles)
+    rows = [(f"{cycles:,}", "cycles", f"{si(k['hz'], 'Hz')}, {each} a cycle")]
+    decode = k["decode_rows"] if k["prompt_tokens"] or k["decode_rows"] != k["retired"] else 0
+    for count, name in ((k["prompt_tokens"], "prompt tokens"), (decode, "decode rows")):
         if count:
             rows.append(
                 (f"{count:,}", name, f"{count / cycles:.2f} a cycle, "
@@ -113,16 +114,15 @@ def _counts(k: dict[str, Any]) -> list[tuple[str, str, str]]:
         (si(k["operations_per_cycle"] * cycles, "op"), "operations",
          f"{si(k['operations_per_cycle'], 'op')} a cycle, "
          f"{si(k['operations_per_second'], 'op/s')}"),
-        (clock_time(k["seconds"] / cycles), "a cycle", spent),
         (clock_time(k["bound_seconds_per_cycle"]), "limit of a cycle",
-         f"{percent(k['of_bound'], 1)} reached; {k['bound_side']} limit, "
-         f"which varies by {percent(k['bound_spread'])}"),
+         f"{percent(k['of_bound'], 1)} reached ({k['bound_side']} limit, "
+         f"varies by {percent(k['bound_spread'])})"),
     ]  # fmt: skip
     for name, part in k.get("parts", {}).items():
         share = part["bound_seconds_per_cycle"] / k["bound_seconds_per_cycle"]
-        what = "alone" if name == "decode" else "the rest"
+        what = "alone" if name == "decode" else "rest"
         rows.append(
-            (clock_time(part["bound_seconds_per_cycle"]), f"- {name} {what}",
+            (clock_time(part["bound_seconds_per_cycle"]), f"- {name} ({what})",
              f"{percent(share)} of the limit, {part['rows']:,} rows")
         )  # fmt: skip
     return rows

@@ -15,7 +15,7 @@ from lmclock.cycle import STAGES
 from lmclock.isa import Instruction
 from lmclock.machines import Traits
 
-_LAYER = re.compile(r"(?<=[A-Za-z_]\.)\d+(?!\w)|(?<=\[)\d+(?=\])")
+_LAYER = re.compile(r"(?<=\.)\d+(?!\w)|(?<=\[)\d+(?=\])")
 
 
 def summary(clock: Clock, traits: Traits) -> dict[str, Any]:
