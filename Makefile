@@ -13,7 +13,7 @@ ARGS   ?=
 TORCH  ?= torch==2.13.0
 
 # The tests that drive the native machine, for the sanitizers.
-SANITIZED_TESTS ?= $(wildcard tests/test_native*.py)
+SANITIZED_TESTS ?= tests/test_kernels.py $(wildcard tests/test_native*.py)
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -39,7 +39,7 @@ lint: $(VENV)/.test build  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: build  ## regenerate docs/isa.md, docs/cli.md and native/isa.h
+docs: build  ## regenerate native/isa.h and the generated pages of docs/
 	$(BIN)/python -m tools.generate
 
 asan: build/asan/.installed  ## native tests under the address and undefined-behaviour sanitizers
