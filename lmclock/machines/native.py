@@ -89,6 +89,11 @@ class NativeMachine(Machine):
     # --- cycles
 
     def bind(self, batch: Batch) -> None:
+        if batch.page_size != self.capacity.page_size:
+            raise ProgramError(
+                f"the batch has pages of {batch.page_size}, "
+                f"not of {self.capacity.page_size} positions"
+            )
         pages, lengths, inputs = batch.pages, batch.lengths, batch.inputs
         rows = batch.rows
         self._core.bind(
