@@ -1,6 +1,8 @@
-// Packed panel blocks of every layout as generic blocks (int8 codes, f32 scale and minimum), and as f32.
+// Packed panel blocks of every layout as generic blocks (int8 codes, f32 scale and minimum), and as
+// f32.
 //
-// The slow, complete way to read a panel: embedding rows, f32 activations and many-row tiles go through it.
+// The slow, complete way to read a panel: embedding rows, f32 activations and many-row tiles go
+// through it.
 
 #include "layouts.h"
 #include "tables.h"
@@ -57,7 +59,8 @@ void expand_q6k(const uint8_t* p, uint8_t* out) {
   }
 }
 
-// One generic block of `elements` to f32: product and sum rounded apart, as the formats define them.
+// One generic block of `elements` to f32: product and sum rounded apart, as the formats define
+// them.
 void generic_f32(const uint8_t* p, int elements, float* out) {
   const f32x16 d = as_f32(load_i(p)), m = as_f32(load_i(p + 64));
   for (int g = 0; g < elements / 4; ++g) {
@@ -76,7 +79,8 @@ void dequantise_float(Layout layout, const uint8_t* panel, int64_t k0, int64_t n
       store(out, load_f16(panel + 32 * k));
     } else {
       const i32x16 pair = load_i(panel + k / 2 * 64);
-      store(out, k % 2 ? as_f32(pair & splat_i(static_cast<int32_t>(0xffff0000))) : from_bf16(pair));
+      store(out,
+            k % 2 ? as_f32(pair & splat_i(static_cast<int32_t>(0xffff0000))) : from_bf16(pair));
     }
   }
 }
@@ -118,7 +122,8 @@ void unpack_rows(const Matrix& w, const int32_t* ids, int64_t count, float* out,
     for (int64_t k0 = 0; k0 < w.width; k0 += kChunk) {
       const int64_t n = w.width - k0 < kChunk ? w.width - k0 : kChunk;
       dequantise(w.layout, panel, k0, n, values);
-      for (int64_t k = 0; k < n; ++k) out[i * stride + k0 + k] = values[k * kPanel + ids[i] % kPanel];
+      for (int64_t k = 0; k < n; ++k)
+        out[i * stride + k0 + k] = values[k * kPanel + ids[i] % kPanel];
     }
   }
 }

@@ -1,15 +1,16 @@
 // The matmul kernels' C++ interface: packed weights, rounded activations, linear and glu.
 //
-// Every kernel source is compiled once per SIMD path; a path exports one table of function pointers,
-// `Kernels`, chosen at run time by `select_kernels`. Nothing here allocates, throws or takes a lock
-// (select_kernels apart), so persistent threads call the functions directly, each on its own range.
+// Every kernel source is compiled once per SIMD path; a path exports one table of function
+// pointers, `Kernels`, chosen at run time by `select_kernels`. Nothing here allocates, throws or
+// takes a lock (select_kernels apart), so persistent threads call the functions directly, each on
+// its own range.
 //
-// Weights are packed in panels of 16 output rows, interleaved so that one 64-byte vector holds 4 bytes of each of
-// the 16 rows. A matrix whose outputs are not a multiple of 16 ends in a zero-padded panel. The layout is the same
-// on every path.
+// Weights are packed in panels of 16 output rows, interleaved so that one 64-byte vector holds 4
+// bytes of each of the 16 rows. A matrix whose outputs are not a multiple of 16 ends in a
+// zero-padded panel. The layout is the same on every path.
 //
-// Bits: element y[r, o] depends on row r of x and row o of w only. It is the same for any number of rows in a
-// call and any split of rows and panels over calls or threads.
+// Bits: element y[r, o] depends on row r of x and row o of w only. It is the same for any number of
+// rows in a call and any split of rows and panels over calls or threads.
 #pragma once
 
 #include <cstddef>
@@ -25,21 +26,33 @@ constexpr int64_t kRoundBlock = 32;  // elements that share one activation scale
 // How a matrix lies in memory once packed. GGUF formats without a layout of their own become
 // generic16 / generic32: int8 codes with an f32 scale and an f32 minimum per 16 / 32 elements.
 enum class Layout : uint8_t {
-  f32, f16, bf16, q4_0, q4_1, q5_0, q8_0, q4_k, q6_k, generic16, generic32, none,
+  f32,
+  f16,
+  bf16,
+  q4_0,
+  q4_1,
+  q5_0,
+  q8_0,
+  q4_k,
+  q6_k,
+  generic16,
+  generic32,
+  none,
 };
 constexpr int kLayouts = static_cast<int>(Layout::none);
 
-Layout layout_of(int format);              // GGUF type number -> layout; Layout::none when unsupported
-const char* layout_name(Layout layout);    // "q4_1", "generic32", ...
-int64_t layout_block(Layout layout);       // k elements of one panel block
-int64_t layout_bytes(Layout layout);       // bytes of one panel block (16 rows x layout_block elements)
+Layout layout_of(int format);  // GGUF type number -> layout; Layout::none when unsupported
+const char* layout_name(Layout layout);  // "q4_1", "generic32", ...
+int64_t layout_block(Layout layout);     // k elements of one panel block
+int64_t layout_bytes(Layout layout);  // bytes of one panel block (16 rows x layout_block elements)
 
-// Bytes of one packed panel, of all panels, and the number of panels. bf16 pairs two k: an odd width is padded.
+// Bytes of one packed panel, of all panels, and the number of panels. bf16 pairs two k: an odd
+// width is padded.
 int64_t panel_bytes(Layout layout, int64_t width);
 inline int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
 
-// A packed matrix (outputs, width); memory belongs to the caller, 64-byte aligned. Panel p starts at
-// data + p * panel_stride: gate and up may alternate in one allocation (stride = 2 panels).
+// A packed matrix (outputs, width); memory belongs to the caller, 64-byte aligned. Panel p starts
+// at data + p * panel_stride: gate and up may alternate in one allocation (stride = 2 panels).
 struct Matrix {
   const uint8_t* data = nullptr;
   int64_t outputs = 0;
@@ -52,22 +65,24 @@ struct Matrix {
 //   none   plain f32 rows; weights are dequantised (any layout)
 //   q8_32  records: int8 per 32 elements with one f32 scale
 //   bf16   records: bf16, round to nearest even
-// All combinations with all layouts work; the fast ones are q8_32 with quantised layouts, bf16 with bf16,
-// none with f32, f16 and bf16.
+// All combinations with all layouts work; the fast ones are q8_32 with quantised layouts, bf16 with
+// bf16, none with f32, f16 and bf16.
 enum class Act : uint8_t { none, q8_32, bf16 };
 
-// Bytes of one activation record (none: 4 * width). Rounded up to an odd number of cache lines, so that
-// records a power of two apart do not share their cache sets. q8_32 needs width % 32 == 0.
+// Bytes of one activation record (none: 4 * width). Rounded up to an odd number of cache lines, so
+// that records a power of two apart do not share their cache sets. q8_32 needs width % 32 == 0.
 int64_t act_row_bytes(Act act, int64_t width);
 
-// Rows of activations: f32 rows (Act::none) or records made by `round_row`; row r starts at data + r * stride.
+// Rows of activations: f32 rows (Act::none) or records made by `round_row`; row r starts at data +
+// r * stride.
 struct Rows {
   const void* data = nullptr;  // records: 64-byte aligned; f32: 4
   int64_t stride = 0;          // bytes
   Act act = Act::none;
 };
 
-// y[r, o] = sum_k w[o, k] x[r, k]  (+ bias[o])  (+ add[r, o]);  strides in elements; add may be y itself.
+// y[r, o] = sum_k w[o, k] x[r, k]  (+ bias[o])  (+ add[r, o]);  strides in elements; add may be y
+// itself.
 struct Linear {
   Matrix w;
   Rows x;
@@ -91,37 +106,47 @@ struct Glu {
   GluKind kind = GluKind::silu;
 };
 
+// Elementwise functions (mathfun.h), for tests and whoever needs them from Python.
+enum class Function : uint8_t { exp, tanh, sigmoid, normal_cdf, silu, gelu_tanh, gelu, relu };
+
 struct Kernels {
-  const char* name;  // "scalar", "avx2", "avx512", "amx" (avx512 with AMX tiles for many rows), "neon"
+  const char*
+      name;  // "scalar", "avx2", "avx512", "amx" (avx512 with AMX tiles for many rows), "neon"
 
   // Packs panels [p0, p1) of GGUF rows (outputs, width) of `format` to dst + p * panel_stride.
-  // Returns true when every scale (float formats: every value) is finite. width must be a multiple of the
-  // format's block.
+  // Returns true when every scale (float formats: every value) is finite. width must be a multiple
+  // of the format's block.
   bool (*pack)(int format, const uint8_t* rows, int64_t outputs, int64_t width, uint8_t* dst,
                int64_t panel_stride, int64_t p0, int64_t p1);
 
   // out[i, :] = row ids[i] of w as f32, bit-equal to the format's definition. ids are not checked.
-  void (*unpack_rows)(const Matrix& w, const int32_t* ids, int64_t count, float* out, int64_t out_stride);
+  void (*unpack_rows)(const Matrix& w, const int32_t* ids, int64_t count, float* out,
+                      int64_t out_stride);
 
-  // Rounds elements [k0, k1) of one f32 row of `width` into its record; k0 a multiple of 32, k1 too unless it is
-  // the width. Threads may round separate ranges of a row (glu: the 32 outputs of two panels). Same bits on every path.
+  // Rounds elements [k0, k1) of one f32 row of `width` into its record; k0 a multiple of 32, k1 too
+  // unless it is the width. Threads may round separate ranges of a row (glu: the 32 outputs of two
+  // panels). Same bits on every path.
   void (*round_row)(Act act, const float* x, int64_t width, int64_t k0, int64_t k1, void* record);
 
   // Rows [r0, r1) x panels [p0, p1).
   void (*linear)(const Linear& l, int64_t r0, int64_t r1, int64_t p0, int64_t p1);
   void (*glu)(const Glu& g, int64_t r0, int64_t r1, int64_t p0, int64_t p1);
 
-  // Calibration: one thread's share; the caller times it. Peaks run on registers and return operations done
-  // (multiply and add counted apart) for about `rounds` x 4096 dot-product instructions; 0 when the path has none.
-  // stream reads [data, data + bytes) once through int8 dot products and returns bytes read.
+  // y[i] = f(x[i]), i < count; y may be x.
+  void (*apply)(Function f, const float* x, float* y, int64_t count);
+
+  // Calibration: one thread's share; the caller times it. Peaks run on registers and return
+  // operations done (multiply and add counted apart) for about `rounds` x 4096 dot-product
+  // instructions; 0 when the path has none. stream reads [data, data + bytes) once through int8 dot
+  // products and returns bytes read.
   int64_t (*peak_int8)(int64_t rounds);
   int64_t (*peak_bf16)(int64_t rounds);
   int64_t (*peak_f32)(int64_t rounds);
   int64_t (*stream)(const uint8_t* data, int64_t bytes);
 };
 
-// The tables this processor can run, widest first (found once through cpuid, xgetbv and, for AMX, the kernel's
-// permission).
+// The tables this processor can run, widest first (found once through cpuid, xgetbv and, for AMX,
+// the kernel's permission).
 const std::vector<const Kernels*>& available_kernels();
 
 // The widest table, or the one called `forced`; nullptr when this build or processor lacks it.

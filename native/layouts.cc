@@ -1,4 +1,5 @@
-// What every SIMD path shares: names and sizes of the layouts, and the choice of a path at run time.
+// What every SIMD path shares: names and sizes of the layouts, and the choice of a path at run
+// time.
 
 #include <cstring>
 
@@ -14,8 +15,8 @@
 
 namespace lmclock {
 
-#define LM_DECLARE(path) \
-  namespace path {       \
+#define LM_DECLARE(path)         \
+  namespace path {               \
   extern const Kernels kKernels; \
   }
 LM_DECLARE(scalar)
@@ -37,16 +38,18 @@ struct LayoutRow {
 
 // In the order of enum Layout; bytes of 16 rows.
 constexpr LayoutRow kRows[kLayouts] = {
-    {"f32", 0, 1, 64},       {"f16", 1, 1, 32},        {"bf16", 30, 2, 64},
-    {"q4_0", 2, 32, 288},    {"q4_1", 3, 32, 320},     {"q5_0", 6, 32, 352},
-    {"q8_0", 8, 32, 544},    {"q4_k", 12, 256, 2304},  {"q6_k", 14, 256, 3360},
+    {"f32", 0, 1, 64},          {"f16", 1, 1, 32},          {"bf16", 30, 2, 64},
+    {"q4_0", 2, 32, 288},       {"q4_1", 3, 32, 320},       {"q5_0", 6, 32, 352},
+    {"q8_0", 8, 32, 544},       {"q4_k", 12, 256, 2304},    {"q6_k", 14, 256, 3360},
     {"generic16", -1, 16, 384}, {"generic32", -1, 32, 640},
 };
 
 const LayoutRow& row(Layout layout) { return kRows[static_cast<int>(layout)]; }
 
 #if defined(LMCLOCK_X86)
-struct Registers { unsigned a, b, c, d; };
+struct Registers {
+  unsigned a, b, c, d;
+};
 
 Registers cpuid(unsigned leaf, unsigned sub = 0) {
   Registers r = {};
@@ -112,7 +115,8 @@ int64_t panel_bytes(Layout layout, int64_t width) {
 int64_t act_row_bytes(Act act, int64_t width) {
   if (act == Act::none) return 4 * width;
   // q8_32: one line per block, see record.h
-  const int64_t lines = act == Act::bf16 ? (2 * width + 2 + kAlign - 1) / kAlign : width / kRoundBlock;
+  const int64_t lines =
+      act == Act::bf16 ? (2 * width + 2 + kAlign - 1) / kAlign : width / kRoundBlock;
   return (lines | 1) * kAlign;
 }
 

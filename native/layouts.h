@@ -1,7 +1,8 @@
 // How each packed layout is read: one struct per layout, used by the tile kernels.
 //
-// G denotes a 64-byte vector with 4 bytes of each of the panel's 16 rows. Nibble layouts keep GGUF's pairing: byte
-// 4g + i of a row holds element 4g + i in its low half and element 16 + 4g + i in its high half.
+// G denotes a 64-byte vector with 4 bytes of each of the panel's 16 rows. Nibble layouts keep
+// GGUF's pairing: byte 4g + i of a row holds element 4g + i in its low half and element 16 + 4g + i
+// in its high half.
 //
 // Fields lie in the order they are read: a layout in planes streams at a third of the speed.
 //
@@ -11,7 +12,7 @@
 //   q8_0       544 B / 32   d f16[16], 8 G stored ^0x80
 //   generic32  640 B / 32   d f32[16], m f32[16], 8 G stored ^0x80
 //   generic16  384 B / 16   d f32[16], m f32[16], 4 G stored ^0x80
-//   q4_k      2304 B / 256  d f16[16], dmin f16[16], 3 G (the 12 scale bytes), 32 G (32 low | 32 high elements per 8 G)
+//   q4_k      2304 B / 256  d f16[16], dmin f16[16], 3 G of scales, 32 G (8: 32 low, 32 high)
 //   q6_k      3360 B / 256  d f16[16], per half: 2 G scales, 8 x (ql[g], ql[g + 8], qh[g])
 //   f32 f16    16 values per k      bf16   G = 2 k
 #pragma once
@@ -132,11 +133,12 @@ LM_INLINE f32x16 q6k_scale(const uint8_t* half, f32x16 d) {
   return d * to_f32(sra<24>(shl<24 - 8 * (J % 4)>(load_i(half + 64 * (J / 4)))));
 }
 
-// One panel block of any quantised layout as generic32 or, where 16 elements share a scale, generic16 blocks.
+// One panel block of any quantised layout as generic32 or, where 16 elements share a scale,
+// generic16 blocks.
 void expand(Layout layout, const uint8_t* panel_block, uint8_t* out);
 
-// Panel elements [k0, k0 + n) of any layout as f32: out[k][row]. k0 and n are multiples of layout_block unless the
-// range ends at the width.
+// Panel elements [k0, k0 + n) of any layout as f32: out[k][row]. k0 and n are multiples of
+// layout_block unless the range ends at the width.
 void dequantise(Layout layout, const uint8_t* panel, int64_t k0, int64_t n, float* out);
 
 }  // namespace lmclock::LMCLOCK_PATH

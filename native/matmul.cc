@@ -7,24 +7,21 @@ namespace lmclock::LMCLOCK_PATH {
 
 namespace {
 
-// Weights that one sweep over the rows reads again and again: half of the smallest second-level cache aimed at
-// (1 MB, Zen 4), the other half is for activations.
+// Weights that one sweep over the rows reads again and again: half of the smallest second-level
+// cache aimed at (1 MB, Zen 4), the other half is for activations.
 constexpr int64_t kSweepBytes = 512 * 1024;
 
 const Tiles* fast_tiles(Layout layout, Act act) {
   switch (layout) {
     case Layout::f32:
-    case Layout::f16:
-      return act == Act::none ? &float_tiles(layout) : nullptr;
+    case Layout::f16: return act == Act::none ? &float_tiles(layout) : nullptr;
     case Layout::bf16:
       if (act == Act::bf16) return &bf16_tiles();
       return act == Act::none ? &float_tiles(layout) : nullptr;
     case Layout::q4_k:
     case Layout::q6_k:
-    case Layout::generic16:
-      return act == Act::q8_32 ? &kquant_tiles(layout) : nullptr;
-    default:
-      return act == Act::q8_32 ? &block32_tiles(layout) : nullptr;
+    case Layout::generic16: return act == Act::q8_32 ? &kquant_tiles(layout) : nullptr;
+    default: return act == Act::q8_32 ? &block32_tiles(layout) : nullptr;
   }
 }
 
@@ -52,7 +49,8 @@ int outputs_in(const Matrix& w, int64_t panel) {
   return static_cast<int>(left < kPanel ? left : kPanel);
 }
 
-// Calls f(row, size, panel) for all tiles of the range, panels in groups that stay in cache while the rows pass.
+// Calls f(row, size, panel) for all tiles of the range, panels in groups that stay in cache while
+// the rows pass.
 template <class F>
 LM_INLINE void for_tiles(int64_t bytes, int64_t r0, int64_t r1, int64_t p0, int64_t p1, F&& f) {
   const int64_t fit = kSweepBytes / (bytes > 0 ? bytes : 1);

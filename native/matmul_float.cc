@@ -1,6 +1,7 @@
 // f32 and bf16 tiles, and the way through f32 for every other pair of layout and activations.
 //
-// Per row and output: acc = fma(w, x, acc) over k in order; bf16 x bf16 goes by pairs of k (dot_bf16).
+// Per row and output: acc = fma(w, x, acc) over k in order; bf16 x bf16 goes by pairs of k
+// (dot_bf16).
 
 #include "layouts.h"
 #include "tables.h"
@@ -41,7 +42,8 @@ LM_INLINE void accumulate(const TileArgs& args) {
   for (; k + W::kStep <= args.width; k += W::kStep, w += W::kBytes) {
     W::load_k(w, wk);
     unroll<W::kStep>([&](auto i) LM_LAMBDA {
-      unroll<T>([&](auto t) LM_LAMBDA { acc[t] = fma(wk[i], splat(x[t * stride + k + i]), acc[t]); });
+      unroll<T>([&](auto t)
+                    LM_LAMBDA { acc[t] = fma(wk[i], splat(x[t * stride + k + i]), acc[t]); });
     });
   }
   if (k < args.width) {
@@ -79,7 +81,8 @@ template <class W>
 constexpr Tiles kTiles = make_tiles<Float<W>>();
 constexpr Tiles kBf16Tiles = make_tiles<Bf16Pairs>();
 
-constexpr int64_t kChunk = 256;  // k at a time: weights 16 KB and 16 rows of activations 16 KB fit in L1
+constexpr int64_t kChunk =
+    256;  // k at a time: weights 16 KB and 16 rows of activations 16 KB fit in L1
 
 template <int T>
 void chunks_f32(Layout layout, Act act, const TileArgs& args) {

@@ -34,7 +34,8 @@ struct TileQ4K {
   }
 };
 
-// One row: the eight dot products of a half stay in registers while its bytes are read once, in order.
+// One row: the eight dot products of a half stay in registers while its bytes are read once, in
+// order.
 void row_q6k(const TileArgs& args) {
   f32x16 acc = splat(0.0f);
   const uint8_t* x = args.x;

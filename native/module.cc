@@ -1,9 +1,11 @@
 // lmclock._native: the kernels as Python functions, for tests, calibration and benchmarks.
 //
-// Arrays are C-contiguous NumPy arrays; sizes are checked here, since kernels check nothing. Every call releases the
-// GIL. `threads` splits the panels (1, 2, ... plain threads started for the call).
+// Arrays are C-contiguous NumPy arrays; sizes are checked here, since kernels check nothing. Every
+// call releases the GIL. `threads` splits the panels (1, 2, ... plain threads started for the
+// call).
 
 #include <cstring>
+#include <iterator>
 #include <thread>
 
 #include "binding.h"
@@ -66,10 +68,12 @@ FloatsOut unpack_rows(const Packed& w, IdsIn ids) {
 }
 
 Packed pack(int format, int64_t outputs, int64_t width, Bytes data,
-                             const std::optional<std::string>& path, int threads) {
-  static const struct { int code, block, bytes; } kSources[] = {
-      {0, 1, 4}, {1, 1, 2}, {2, 32, 18}, {3, 32, 20}, {6, 32, 22}, {7, 32, 24}, {8, 32, 34},
-      {10, 256, 84}, {11, 256, 110}, {12, 256, 144}, {13, 256, 176}, {14, 256, 210}, {30, 1, 2}};
+            const std::optional<std::string>& path, int threads) {
+  static const struct {
+    int code, block, bytes;
+  } kSources[] = {{0, 1, 4},      {1, 1, 2},      {2, 32, 18},   {3, 32, 20},    {6, 32, 22},
+                  {7, 32, 24},    {8, 32, 34},    {10, 256, 84}, {11, 256, 110}, {12, 256, 144},
+                  {13, 256, 176}, {14, 256, 210}, {30, 1, 2}};
   Packed packed;
   packed.kernels = &find_path(path);
   const Layout layout = layout_of(format);
@@ -77,9 +81,10 @@ Packed pack(int format, int64_t outputs, int64_t width, Bytes data,
   for (auto source : kSources)
     if (source.code == format)
       require(outputs >= 0 && width >= 0 && width % source.block == 0 &&
-                  static_cast<int64_t>(data.nbytes()) == outputs * (width / source.block) * source.bytes,
-              std::to_string(data.nbytes()) + " bytes are not " + std::to_string(outputs) + " rows of " +
-                  std::to_string(width));
+                  static_cast<int64_t>(data.nbytes()) ==
+                      outputs * (width / source.block) * source.bytes,
+              std::to_string(data.nbytes()) + " bytes are not " + std::to_string(outputs) +
+                  " rows of " + std::to_string(width));
   const int64_t stride = panel_bytes(layout, width), padded = (stride + 63) / 64 * 64;
   const int64_t panels = panels_of(outputs);
   packed.data = allocate(panels * padded);
@@ -90,7 +95,7 @@ Packed pack(int format, int64_t outputs, int64_t width, Bytes data,
   const int n = threads < 1 ? 1 : threads > 64 ? 64 : threads;
   auto part = [&](int t) {
     finite[t] = packed.kernels->pack(format, data.data(), outputs, width, packed.data.get(), padded,
-                                      panels * t / n, panels * (t + 1) / n);
+                                     panels * t / n, panels * (t + 1) / n);
   };
   for (int t = 1; t < n; ++t) started.emplace_back(part, t);
   part(0);
@@ -151,8 +156,13 @@ FloatsOut linear(const Packed& w, FloatsIn x, const std::string& act, std::optio
   const RoundedRows rows = round_rows(kernels, act, x, w.m.width);
   const int64_t outputs = w.m.outputs;
   std::unique_ptr<float[]> y(new float[static_cast<size_t>(rows.count * outputs + 1)]);
-  const Linear l = {w.m, rows.rows, y.get(), outputs, optional_row(bias, outputs, "bias"),
-                    optional_row(add, rows.count * outputs, "add"), outputs};
+  const Linear l = {w.m,
+                    rows.rows,
+                    y.get(),
+                    outputs,
+                    optional_row(bias, outputs, "bias"),
+                    optional_row(add, rows.count * outputs, "add"),
+                    outputs};
   {
     nb::gil_scoped_release unlocked;
     parallel(threads, panels_of(outputs),
@@ -163,15 +173,21 @@ FloatsOut linear(const Packed& w, FloatsIn x, const std::string& act, std::optio
 
 FloatsOut glu(const Packed& gate, const Packed& up, FloatsIn x, const std::string& act,
               const std::string& kind, std::optional<FloatsIn> gate_bias,
-              std::optional<FloatsIn> up_bias, int threads, const std::optional<std::string>& path) {
+              std::optional<FloatsIn> up_bias, int threads,
+              const std::optional<std::string>& path) {
   const Kernels& kernels = path ? find_path(path) : *gate.kernels;
   const int64_t outputs = gate.m.outputs;
   require(up.m.outputs == outputs && up.m.width == gate.m.width, "gate and up differ in shape");
   const RoundedRows rows = round_rows(kernels, act, x, gate.m.width);
   std::unique_ptr<float[]> y(new float[static_cast<size_t>(rows.count * outputs + 1)]);
-  const Glu g = {gate.m, up.m, rows.rows, y.get(), outputs,
+  const Glu g = {gate.m,
+                 up.m,
+                 rows.rows,
+                 y.get(),
+                 outputs,
                  optional_row(gate_bias, outputs, "gate_bias"),
-                 optional_row(up_bias, outputs, "up_bias"), glu_of(kind)};
+                 optional_row(up_bias, outputs, "up_bias"),
+                 glu_of(kind)};
   {
     nb::gil_scoped_release unlocked;
     parallel(threads, panels_of(outputs),
@@ -188,6 +204,22 @@ BytesOut round_records(FloatsIn x, const std::string& act, const std::optional<s
   std::unique_ptr<uint8_t[]> out(new uint8_t[size + 1]);
   std::memcpy(out.get(), rows.rows.data, size);
   return array_of<BytesOut>(std::move(out), rows.count, bytes);
+}
+
+FloatsOut apply(const std::string& name, FloatsIn x, const std::optional<std::string>& path) {
+  static const char* kNames[] = {"exp",  "tanh",      "sigmoid", "normal_cdf",
+                                 "silu", "gelu_tanh", "gelu",    "relu"};
+  for (size_t i = 0; i < std::size(kNames); ++i) {
+    if (name != kNames[i]) continue;
+    std::unique_ptr<float[]> y(new float[x.size() + 1]);
+    find_path(path).apply(static_cast<Function>(i), x.data(), y.get(),
+                          static_cast<int64_t>(x.size()));
+    return array_of<FloatsOut>(std::move(y), 1, static_cast<int64_t>(x.size()));
+  }
+  throw nb::value_error(("function '" + name +
+                         "'; valid: exp, tanh, sigmoid, normal_cdf, "
+                         "silu, gelu_tanh, gelu or relu")
+                            .c_str());
 }
 
 int64_t peak(const std::string& kind, int64_t rounds, const std::optional<std::string>& path) {
@@ -215,24 +247,32 @@ void bind_kernels(nb::module_& m) {
   using namespace nb::literals;
   nb::class_<Packed>(m, "Packed", "A matrix packed for the kernels.")
       .def("unpack_rows", &unpack_rows, "ids"_a, "Rows `ids` as f32 (n, width).")
-      .def_prop_ro("nbytes", [](const Packed& p) { return panels_of(p.m.outputs) * p.m.panel_stride; })
+      .def_prop_ro("nbytes",
+                   [](const Packed& p) { return panels_of(p.m.outputs) * p.m.panel_stride; })
       .def_prop_ro("layout", [](const Packed& p) { return layout_name(p.m.layout); })
       .def_prop_ro("shape", [](const Packed& p) { return nb::make_tuple(p.m.outputs, p.m.width); })
-      .def_ro("finite", &Packed::finite, "Whether every scale is finite (float formats: every value).");
-  m.def("simd_paths", [] {
-    std::vector<std::string> names;
-    for (const Kernels* k : available_kernels()) names.emplace_back(k->name);
-    return names;
-  }, "SIMD paths this build and processor offer, widest first.");
+      .def_ro("finite", &Packed::finite,
+              "Whether every scale is finite (float formats: every value).");
+  m.def(
+      "simd_paths",
+      [] {
+        std::vector<std::string> names;
+        for (const Kernels* k : available_kernels()) names.emplace_back(k->name);
+        return names;
+      },
+      "SIMD paths this build and processor offer, widest first.");
   m.def("layout_name", [](int format) { return layout_name(layout_of(format)); }, "format"_a);
-  m.def("pack", &pack, "format"_a, "outputs"_a, "width"_a, "data"_a, "path"_a = nb::none(), "threads"_a = 1,
-        "Pack GGUF rows (outputs, width) of a format code.");
-  m.def("linear", &linear, "w"_a, "x"_a, "act"_a = "none", "bias"_a = nb::none(), "add"_a = nb::none(),
-        "threads"_a = 1, "path"_a = nb::none(), "x (rows, width) f32 -> (rows, outputs) f32.");
-  m.def("glu", &glu, "gate"_a, "up"_a, "x"_a, "act"_a = "none", "kind"_a = "silu", "gate_bias"_a = nb::none(),
-        "up_bias"_a = nb::none(), "threads"_a = 1, "path"_a = nb::none());
+  m.def("pack", &pack, "format"_a, "outputs"_a, "width"_a, "data"_a, "path"_a = nb::none(),
+        "threads"_a = 1, "Pack GGUF rows (outputs, width) of a format code.");
+  m.def("linear", &linear, "w"_a, "x"_a, "act"_a = "none", "bias"_a = nb::none(),
+        "add"_a = nb::none(), "threads"_a = 1, "path"_a = nb::none(),
+        "x (rows, width) f32 -> (rows, outputs) f32.");
+  m.def("glu", &glu, "gate"_a, "up"_a, "x"_a, "act"_a = "none", "kind"_a = "silu",
+        "gate_bias"_a = nb::none(), "up_bias"_a = nb::none(), "threads"_a = 1,
+        "path"_a = nb::none());
   m.def("round_records", &round_records, "x"_a, "act"_a = "q8_32", "path"_a = nb::none(),
         "Activation records as bytes (rows, record bytes): int8 codes, then scales and sums.");
+  m.def("apply", &apply, "function"_a, "x"_a, "path"_a = nb::none(), "f(x) as (1, size) f32.");
   m.def("peak", &peak, "kind"_a, "rounds"_a, "path"_a = nb::none(),
         "Operations done by one thread; kind int8, bf16 or f32.");
   m.def("stream", &stream, "data"_a, "passes"_a = 1, "path"_a = nb::none(),

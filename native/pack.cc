@@ -1,7 +1,8 @@
-// GGUF rows to panels of 16 interleaved rows. Bytes are moved, not changed in meaning: see layouts.h for the result.
+// GGUF rows to panels of 16 interleaved rows. Bytes are moved, not changed in meaning: see
+// layouts.h for the result.
 //
-// A format is a struct with `row`: one block of one row into its panel block, words 64 bytes apart. It returns the
-// f16 scales' exponent check as 0 or not 0.
+// A format is a struct with `row`: one block of one row into its panel block, words 64 bytes apart.
+// It returns the f16 scales' exponent check as 0 or not 0.
 
 #include "layouts.h"
 #include "tables.h"
@@ -10,8 +11,16 @@ namespace lmclock::LMCLOCK_PATH {
 
 namespace {
 
-LM_INLINE uint32_t word(const uint8_t* p) { uint32_t u; std::memcpy(&u, p, 4); return u; }
-LM_INLINE uint16_t half(const uint8_t* p) { uint16_t u; std::memcpy(&u, p, 2); return u; }
+LM_INLINE uint32_t word(const uint8_t* p) {
+  uint32_t u;
+  std::memcpy(&u, p, 4);
+  return u;
+}
+LM_INLINE uint16_t half(const uint8_t* p) {
+  uint16_t u;
+  std::memcpy(&u, p, 2);
+  return u;
+}
 LM_INLINE void put32(uint8_t* p, uint32_t u) { std::memcpy(p, &u, 4); }
 LM_INLINE void put16(uint8_t* p, uint16_t u) { std::memcpy(p, &u, 2); }
 LM_INLINE void put_f32(uint8_t* p, float x) { std::memcpy(p, &x, 4); }
@@ -78,8 +87,7 @@ struct PackQ5_0 {
     put16(p + 2 * r, half(s));
     const uint32_t high = word(s + 2);
     uint32_t spread = 0;  // bit 4j + i to bit 8i + j: the product puts the 4 bits 7 apart
-    for (int j = 0; j < 8; ++j)
-      spread |= ((high >> 4 * j & 15) * 0x00204081u & 0x01010101u) << j;
+    for (int j = 0; j < 8; ++j) spread |= ((high >> 4 * j & 15) * 0x00204081u & 0x01010101u) << j;
     put32(p + 32 + 4 * r, spread);
     put_words<4>(s + 6, p + 96, r);
     return infinite16(half(s));
@@ -146,8 +154,8 @@ struct PackQ5_1 {
     return infinite16(half(s)) | infinite16(half(s + 2));
   }
 };
-// GGUF: scales[16] (low half scale, high half minimum), qs[64], d, dmin. Byte i of a half's 32 holds elements i, i + 32,
-// i + 64, i + 96.
+// GGUF: scales[16] (low half scale, high half minimum), qs[64], d, dmin. Byte i of a half's 32
+// holds elements i, i + 32, i + 64, i + 96.
 struct PackQ2_K {
   static constexpr int kSource = 84, kPanelBytes = 16 * 384;
   LM_INLINE uint32_t row(const uint8_t* s, uint8_t* p, int r) {
@@ -162,8 +170,8 @@ struct PackQ2_K {
     return infinite16(half(s + 80)) | infinite16(half(s + 82));
   }
 };
-// GGUF: hmask[32], qs[64], scales[12], d. Bit b/2 of hmask[16 (b % 2) + i] clear means 4 less; scale = 4 low bits in the
-// first 8 bytes, 2 high bits in the last 4, minus 32.
+// GGUF: hmask[32], qs[64], scales[12], d. Bit b/2 of hmask[16 (b % 2) + i] clear means 4 less;
+// scale = 4 low bits in the first 8 bytes, 2 high bits in the last 4, minus 32.
 struct PackQ3_K {
   static constexpr int kSource = 110, kPanelBytes = 16 * 384;
   LM_INLINE uint32_t row(const uint8_t* s, uint8_t* p, int r) {
@@ -231,8 +239,8 @@ bool pack_panels(const uint8_t* rows, int64_t outputs, int64_t row_bytes, uint8_
 
 bool pack(int format, const uint8_t* rows, int64_t outputs, int64_t width, uint8_t* dst,
           int64_t stride, int64_t p0, int64_t p1) {
-#define LM_PACK(code, F, elements)                                                           \
-  case code:                                                                                 \
+#define LM_PACK(code, F, elements) \
+  case code:                       \
     return pack_panels<F>(rows, outputs, width / (elements) * F::kSource, dst, stride, p0, p1);
   switch (format) {
     LM_PACK(0, PackF32, 1)

@@ -8,7 +8,16 @@ namespace lmclock::LMCLOCK_PATH {
 #define LM_NAME(x) LM_STRING(x)
 
 extern const Kernels kKernels;
-const Kernels kKernels = {LM_NAME(LMCLOCK_PATH), pack,      unpack_rows, round_row, linear, glu,
-                          peak_int8,             peak_bf16, peak_f32,    stream};
+const Kernels kKernels = {LM_NAME(LMCLOCK_PATH),
+                          pack,
+                          unpack_rows,
+                          round_row,
+                          linear,
+                          glu,
+                          apply,
+                          peak_int8,
+                          peak_bf16,
+                          peak_f32,
+                          stream};
 
 }  // namespace lmclock::LMCLOCK_PATH

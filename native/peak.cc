@@ -7,12 +7,13 @@ namespace lmclock::LMCLOCK_PATH {
 
 namespace {
 
-constexpr int kChains = kTileRows[0] >= 8 ? 16 : 6;  // independent sums: enough for latency x ports, all in registers
+constexpr int kChains =
+    kTileRows[0] >= 8 ? 16 : 6;  // independent sums: enough for latency x ports, all in registers
 constexpr int64_t kPerRound = 4096;  // dot products operations per round
 alignas(64) constexpr int8_t kOperand[64] = {1, 2, 3, 4, 5, 6, 7, 8};
 
-// Makes the compiler believe that v is used and changed here. Never for an array of sums: having an address, they
-// would be stored in every turn of the loop.
+// Makes the compiler believe that v is used and changed here. Never for an array of sums: having an
+// address, they would be stored in every turn of the loop.
 template <class V>
 LM_INLINE void hide(V& v) {
   asm volatile("" : "+m"(v));
@@ -27,8 +28,8 @@ LM_INLINE void use(const V (&sums)[N]) {
 
 }  // namespace
 
-// Where one instruction does it: that instruction. Elsewhere the matmuls' own sequence for 4-bit codes, which is the
-// cheapest per operation.
+// Where one instruction does it: that instruction. Elsewhere the matmuls' own sequence for 4-bit
+// codes, which is the cheapest per operation.
 int64_t peak_int8(int64_t rounds) {
   i32x16 sums[kChains];
   unroll<kChains>([&](auto i) LM_LAMBDA { sums[i] = splat_i(i); });
@@ -44,8 +45,10 @@ int64_t peak_int8(int64_t rounds) {
   i32x16 codes[8];
   unroll<8>([&](auto i) LM_LAMBDA { codes[i] = splat_i(0x01020304); });
   hide(codes);
-  hide(x);
-  auto step = [&](i32x16& sum) LM_LAMBDA { sum = dot<4, 8>(sum, codes, x); };
+  auto step = [&](i32x16& sum) LM_LAMBDA {
+    hide(x);
+    sum = dot<4, 8>(sum, codes, x);
+  };
 #endif
   for (int64_t n = 0; n < rounds * kPerRound; n += kChains * kDots)
     unroll<kChains>([&](auto i) LM_LAMBDA { step(sums[i]); });

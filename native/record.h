@@ -1,8 +1,10 @@
-// Inside of a q8_32 activation record: one cache line per 32 elements, written by round_row, read by int8 kernels.
+// Inside of a q8_32 activation record: one cache line per 32 elements, written by round_row, read
+// by int8 kernels.
 //
-// Codes and scale of a block share a line, so that a tile follows one pointer per row, AMX tile loads never cross a line, and
-// every offset is a constant. The sums are stored already multiplied by the offsets of the code formats: a kernel starts
-// its integer accumulator with one broadcast load, which costs no vector port.
+// Codes and scale of a block share a line, so that a tile follows one pointer per row, AMX tile
+// loads never cross a line, and every offset is a constant. The sums are stored already multiplied
+// by the offsets of the code formats: a kernel starts its integer accumulator with one broadcast
+// load, which costs no vector port.
 #pragma once
 
 #include "kernels.h"

@@ -8,8 +8,8 @@ namespace lmclock::LMCLOCK_PATH {
 
 namespace {
 
-// The largest magnitude by integer comparison of the bits: a NaN counts as larger than infinity and so becomes
-// the scale, instead of vanishing in the rounding.
+// The largest magnitude by integer comparison of the bits: a NaN counts as larger than infinity and
+// so becomes the scale, instead of vanishing in the rounding.
 LM_INLINE float largest(f32x16 a, f32x16 b) {
   const i32x16 magnitude = splat_i(0x7fffffff);
   i32x16 m = max_i(as_i32(a) & magnitude, as_i32(b) & magnitude);
@@ -29,10 +29,12 @@ LM_INLINE int32_t sum_lanes(i32x16 a) {
   return sum;
 }
 
-// d = amax / 127, codes rint(x / d). A subnormal d has no finite reciprocal; its codes are 0.
+// d = amax / 127, codes rint(x (1 / d)). A subnormal d may have no finite reciprocal: its codes are
+// 0. A block with a NaN or an infinity becomes NaN.
 void round_q8_block(const float* x, Q8Block* out) {
   const f32x16 a = load(x), b = load(x + 16);
-  const float d = largest(a, b) / 127.0f;
+  const float amax = largest(a, b);
+  const float d = amax < __builtin_inff() ? amax / 127.0f : __builtin_nanf("");
   const float inverse = d >= 0x1p-126f ? 1.0f / d : 0.0f;
   const i32x16 qa = round_i(a * splat(inverse)), qb = round_i(b * splat(inverse));
   store_i8(out->q, qa);
@@ -44,6 +46,7 @@ void round_q8_block(const float* x, Q8Block* out) {
   out->n128 = -128 * sum;
   out->n32[0] = -32 * sa;
   out->n32[1] = -32 * sb;
+  out->unused[0] = out->unused[1] = 0;
 }
 
 void round_bf16(const float* x, int64_t width, int64_t k0, int64_t k1, uint16_t* out) {

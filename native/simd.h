@@ -1,12 +1,14 @@
 // The vector types of one SIMD path: 16 lanes of f32 (f32x16) and of 32-bit integers (i32x16).
 //
-// The one header through which kernels reach intrinsics. Each source that includes it is compiled once per path
-// with -DLMCLOCK_PATH=scalar | avx2 | avx512 | neon, and everything lives in namespace lmclock::LMCLOCK_PATH:
-// a function of one path must never be merged by the linker with that of another. For the same reason path
-// sources use no templates or inline functions of the standard library that could be emitted out of line.
+// The one header through which kernels reach intrinsics. Each source that includes it is compiled
+// once per path with -DLMCLOCK_PATH=scalar | avx2 | avx512 | neon, and everything lives in
+// namespace lmclock::LMCLOCK_PATH: a function of one path must never be merged by the linker with
+// that of another. For the same reason path sources use no templates or inline functions of the
+// standard library that could be emitted out of line.
 //
-// All paths give the same bits for the same calls, reductions included, since each operation is exact or
-// correctly rounded and its order is fixed (the one exception: `fma` of scalar, see there; and dot_bf16).
+// All paths give the same bits for the same calls, reductions included, since each operation is
+// exact or correctly rounded and its order is fixed (the one exception: `fma` of scalar, see there;
+// and dot_bf16).
 #pragma once
 
 #include <cstdint>
@@ -23,7 +25,8 @@ struct Index {
   constexpr operator int() const { return I; }
 };
 
-// f(Index<0>), ..., f(Index<N-1>), each with a constant index, so that arrays of vectors stay in registers.
+// f(Index<0>), ..., f(Index<N-1>), each with a constant index, so that arrays of vectors stay in
+// registers.
 template <int N, int I = 0, class F>
 LM_INLINE constexpr void unroll(F&& f) {
   if constexpr (I < N) {
@@ -56,8 +59,8 @@ LM_INLINE void dot_group(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* 
 
 LM_INLINE f32x16 from_bf16(i32x16 low_halves) { return as_f32(shl<16>(low_halves)); }
 
-// x to the nearest bf16, ties to even, as the low 16 bits of each lane; NaN stays NaN. Subnormals are kept, unlike
-// vcvtneps2bf16, so that all paths agree.
+// x to the nearest bf16, ties to even, as the low 16 bits of each lane; NaN stays NaN. Subnormals
+// are kept, unlike vcvtneps2bf16, so that all paths agree.
 LM_INLINE i32x16 to_bf16(f32x16 x) {
   i32x16 u = as_i32(x);
   i32x16 rounded = shr<16>(u + splat_i(0x7fff) + (shr<16>(u) & splat_i(1)));

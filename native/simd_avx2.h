@@ -5,14 +5,24 @@
 
 namespace lmclock::LMCLOCK_PATH {
 
-// Rows of a tile, largest first: 2 registers each for 4 sums leave 8 for codes, scales and integer sums.
+// Rows of a tile, largest first: 2 registers each for 4 sums leave 8 for codes, scales and integer
+// sums.
 constexpr int kTileRows[] = {4, 2, 1};
 
-struct f32x16 { __m256 lo, hi; };
-struct i32x16 { __m256i lo, hi; };
-struct mask16 { __m256 lo, hi; };
+struct f32x16 {
+  __m256 lo, hi;
+};
+struct i32x16 {
+  __m256i lo, hi;
+};
+struct mask16 {
+  __m256 lo, hi;
+};
 
-LM_INLINE f32x16 splat(float x) { __m256 v = _mm256_set1_ps(x); return {v, v}; }
+LM_INLINE f32x16 splat(float x) {
+  __m256 v = _mm256_set1_ps(x);
+  return {v, v};
+}
 LM_INLINE f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 LM_INLINE f32x16 load_n(const float* p, int n) {
   float v[16] = {};
@@ -43,10 +53,8 @@ LM_INLINE void store_u16(void* p, i32x16 x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(v, 0xd8));
 }
 
-#define LM_BINARY(name, type, intrinsic)                                                   \
-  LM_INLINE type name(type a, type b) {                                                    \
-    return {intrinsic(a.lo, b.lo), intrinsic(a.hi, b.hi)};                                 \
-  }
+#define LM_BINARY(name, type, intrinsic) \
+  LM_INLINE type name(type a, type b) { return {intrinsic(a.lo, b.lo), intrinsic(a.hi, b.hi)}; }
 LM_BINARY(operator+, f32x16, _mm256_add_ps)
 LM_BINARY(operator-, f32x16, _mm256_sub_ps)
 LM_BINARY(operator*, f32x16, _mm256_mul_ps)
@@ -79,7 +87,10 @@ LM_INLINE i32x16 select(mask16 m, i32x16 a, i32x16 b) {
           _mm256_blendv_epi8(b.hi, a.hi, _mm256_castps_si256(m.hi))};
 }
 
-LM_INLINE i32x16 splat_i(int32_t x) { __m256i v = _mm256_set1_epi32(x); return {v, v}; }
+LM_INLINE i32x16 splat_i(int32_t x) {
+  __m256i v = _mm256_set1_epi32(x);
+  return {v, v};
+}
 LM_INLINE i32x16 load_i(const void* p) {
   const __m256i* q = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
@@ -89,13 +100,16 @@ LM_INLINE void store_i(void* p, i32x16 x) {
   _mm256_storeu_si256(q, x.lo);
   _mm256_storeu_si256(q + 1, x.hi);
 }
-template <int N> LM_INLINE i32x16 shl(i32x16 a) {
+template <int N>
+LM_INLINE i32x16 shl(i32x16 a) {
   return {_mm256_slli_epi32(a.lo, N), _mm256_slli_epi32(a.hi, N)};
 }
-template <int N> LM_INLINE i32x16 shr(i32x16 a) {
+template <int N>
+LM_INLINE i32x16 shr(i32x16 a) {
   return {_mm256_srli_epi32(a.lo, N), _mm256_srli_epi32(a.hi, N)};
 }
-template <int N> LM_INLINE i32x16 sra(i32x16 a) {
+template <int N>
+LM_INLINE i32x16 sra(i32x16 a) {
   return {_mm256_srai_epi32(a.lo, N), _mm256_srai_epi32(a.hi, N)};
 }
 
@@ -103,15 +117,12 @@ LM_INLINE f32x16 to_f32(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvt
 LM_INLINE i32x16 round_i(f32x16 a) {  // MXCSR's rounding, which nobody here changes: nearest even
   return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)};
 }
-LM_INLINE i32x16 as_i32(f32x16 a) {
-  return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
-}
-LM_INLINE f32x16 as_f32(i32x16 a) {
-  return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
-}
+LM_INLINE i32x16 as_i32(f32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+LM_INLINE f32x16 as_f32(i32x16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 LM_INLINE void store_i8(void* p, i32x16 x) {
   __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.lo, x.hi), 0xd8);
-  __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(static_cast<__m128i*>(p), bytes);
 }
 
@@ -121,9 +132,9 @@ LM_INLINE __m256i broadcast4(const void* x) {
   return _mm256_set1_epi32(v);
 }
 
-// Sums of pairs of products in 16 bits. Unsigned codes below 2^Bits times |x| <= 127: a pair stays under
-// 2^(Bits + 8), so that 16 >> (Bits - 3) of them add up without overflow. 8 bits: |code| <= 128 carries the sign over
-// to x, and 2 x 128 x 127 = 32512 still fits.
+// Sums of pairs of products in 16 bits. Unsigned codes below 2^Bits times |x| <= 127: a pair stays
+// under 2^(Bits + 8), so that 16 >> (Bits - 3) of them add up without overflow. 8 bits: |code| <=
+// 128 carries the sign over to x, and 2 x 128 x 127 = 32512 still fits.
 template <int Bits>
 LM_INLINE __m256i pairs(__m256i codes, __m256i x) {
   if constexpr (Bits < 8) return _mm256_maddubs_epi16(codes, x);

@@ -10,12 +10,19 @@
 
 namespace lmclock::LMCLOCK_PATH {
 
-// Rows of a tile, largest first: 16 sums, 8 code vectors, 2 scales, 4 integer sums and a mask fill 31 of 32 registers.
+// Rows of a tile, largest first: 16 sums, 8 code vectors, 2 scales, 4 integer sums and a mask fill
+// 31 of 32 registers.
 constexpr int kTileRows[] = {16, 8, 4, 2, 1};
 
-struct f32x16 { __m512 v; };
-struct i32x16 { __m512i v; };
-struct mask16 { __mmask16 v; };
+struct f32x16 {
+  __m512 v;
+};
+struct i32x16 {
+  __m512i v;
+};
+struct mask16 {
+  __mmask16 v;
+};
 
 LM_INLINE __mmask16 lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 
@@ -64,9 +71,18 @@ LM_INLINE i32x16 operator-(i32x16 a, i32x16 b) { return {_mm512_sub_epi32(a.v, b
 LM_INLINE i32x16 operator&(i32x16 a, i32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 LM_INLINE i32x16 operator|(i32x16 a, i32x16 b) { return {_mm512_or_si512(a.v, b.v)}; }
 LM_INLINE i32x16 operator^(i32x16 a, i32x16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
-template <int N> LM_INLINE i32x16 shl(i32x16 a) { return {_mm512_slli_epi32(a.v, N)}; }
-template <int N> LM_INLINE i32x16 shr(i32x16 a) { return {_mm512_srli_epi32(a.v, N)}; }
-template <int N> LM_INLINE i32x16 sra(i32x16 a) { return {_mm512_srai_epi32(a.v, N)}; }
+template <int N>
+LM_INLINE i32x16 shl(i32x16 a) {
+  return {_mm512_slli_epi32(a.v, N)};
+}
+template <int N>
+LM_INLINE i32x16 shr(i32x16 a) {
+  return {_mm512_srli_epi32(a.v, N)};
+}
+template <int N>
+LM_INLINE i32x16 sra(i32x16 a) {
+  return {_mm512_srai_epi32(a.v, N)};
+}
 LM_INLINE i32x16 max_i(i32x16 a, i32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 LM_INLINE i32x16 add_bytes(i32x16 a, i32x16 b) { return {_mm512_add_epi8(a.v, b.v)}; }
 
@@ -82,11 +98,13 @@ LM_INLINE void store_i8(void* p, i32x16 x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
 }
 
-// a = 4 unsigned bytes a lane, x = 4 signed bytes for all lanes: acc + their dot product. GCC does not fold the
-// broadcast into the instruction by itself, which would cost a load uop and a register each time.
+// a = 4 unsigned bytes a lane, x = 4 signed bytes for all lanes: acc + their dot product. GCC does
+// not fold the broadcast into the instruction by itself, which would cost a load uop and a register
+// each time.
 LM_INLINE i32x16 dot_u8(i32x16 acc, i32x16 a, const int8_t* x) {
   asm volatile("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(acc.v) : "v"(a.v), "m"(*reinterpret_cast<const int32_t*>(x)));
+               : "+v"(acc.v)
+               : "v"(a.v), "m"(*reinterpret_cast<const int32_t*>(x)));
   return acc;
 }
 
@@ -101,18 +119,21 @@ LM_INLINE i32x16 dot_from(i32x16 acc, const i32x16 (&g)[N], const int8_t* x) {
   return acc;
 }
 
-// init + sum over N code vectors g of (unsigned codes of at most Bits bits) . x[4 N]. 8-bit codes are stored ^0x80 and
-// init must be -128 sum(x): the result is the dot product of the signed codes, and other paths need no init.
+// init + sum over N code vectors g of (unsigned codes of at most Bits bits) . x[4 N]. 8-bit codes
+// are stored ^0x80 and init must be -128 sum(x): the result is the dot product of the signed codes,
+// and other paths need no init.
 template <int Bits, int N>
 LM_INLINE i32x16 dot(i32x16 init, const i32x16 (&g)[N], const int8_t* x) {
   return dot_from<0>(init, g, x);
 }
 
-// sums[t] = dot(sums[t], g, x[t]) for a few rows, interleaved: one row is a chain of N instructions of latency 5, and
-// the scheduler (97 entries on Golden Cove) does not look past enough of them to keep two ports busy.
+// sums[t] = dot(sums[t], g, x[t]) for a few rows, interleaved: one row is a chain of N instructions
+// of latency 5, and the scheduler (97 entries on Golden Cove) does not look past enough of them to
+// keep two ports busy.
 #define LM_HAS_DOT_GROUP
 template <int I, int T, int N, int G>
-LM_INLINE void dot_group_from(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* const (&x)[G]) {
+LM_INLINE void dot_group_from(i32x16 (&sums)[G], const i32x16 (&g)[N],
+                              const int8_t* const (&x)[G]) {
   if constexpr (T == G) {
     if constexpr (I + 1 < N) dot_group_from<I + 1, 0>(sums, g, x);
   } else {
@@ -128,7 +149,8 @@ LM_INLINE void dot_group(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* 
 // acc + x[0] a[0] + x[1] a[1] for pairs of bf16; x one pair for all lanes.
 LM_INLINE f32x16 dot_bf16(f32x16 acc, i32x16 a, const void* x) {
   asm("vdpbf16ps %2%{1to16%}, %1, %0"
-      : "+v"(acc.v) : "v"(a.v), "m"(*static_cast<const int32_t*>(x)));
+      : "+v"(acc.v)
+      : "v"(a.v), "m"(*static_cast<const int32_t*>(x)));
   return acc;
 }
 

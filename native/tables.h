@@ -1,4 +1,5 @@
-// What the sources of one SIMD path offer each other: the functions behind `Kernels` and the tile kernels.
+// What the sources of one SIMD path offer each other: the functions behind `Kernels` and the tile
+// kernels.
 #pragma once
 
 #include "kernels.h"
@@ -12,6 +13,7 @@ void unpack_rows(const Matrix& w, const int32_t* ids, int64_t count, float* out,
 void round_row(Act act, const float* x, int64_t width, int64_t k0, int64_t k1, void* record);
 void linear(const Linear& l, int64_t r0, int64_t r1, int64_t p0, int64_t p1);
 void glu(const Glu& g, int64_t r0, int64_t r1, int64_t p0, int64_t p1);
+void apply(Function f, const float* x, float* y, int64_t count);
 int64_t peak_int8(int64_t rounds);
 int64_t peak_bf16(int64_t rounds);
 int64_t peak_f32(int64_t rounds);
@@ -20,14 +22,14 @@ int64_t stream(const uint8_t* data, int64_t bytes);
 // The operands of a tile: `rows` activation rows (records, or f32 rows) against one panel.
 struct TileArgs {
   const uint8_t* panel;
-  const uint8_t* x;      // first row
-  int64_t x_stride;      // bytes
+  const uint8_t* x;  // first row
+  int64_t x_stride;  // bytes
   int64_t width;
-  float* out;            // [rows][16]
+  float* out;  // [rows][16]
 };
 
-// Computes all of k for a fixed number of rows. The order of accumulation over k is part of the layout: it does not
-// depend on the number of rows.
+// Computes all of k for a fixed number of rows. The order of accumulation over k is part of the
+// layout: it does not depend on the number of rows.
 using Tile = void (*)(const TileArgs&);
 
 constexpr int kTileSizes = sizeof(kTileRows) / sizeof(kTileRows[0]);
@@ -43,10 +45,10 @@ constexpr Tiles make_tiles() {
   return tiles;
 }
 
-const Tiles& block32_tiles(Layout layout);   // q8_32 with layouts of 32-blocks
-const Tiles& kquant_tiles(Layout layout);    // q8_32 with 256-blocks and generic16
-const Tiles& float_tiles(Layout layout);     // f32 activations with f32, f16, bf16
-const Tiles& bf16_tiles();                   // bf16 with bf16
+const Tiles& block32_tiles(Layout layout);  // q8_32 with layouts of 32-blocks
+const Tiles& kquant_tiles(Layout layout);   // q8_32 with 256-blocks and generic16
+const Tiles& float_tiles(Layout layout);    // f32 activations with f32, f16, bf16
+const Tiles& bf16_tiles();                  // bf16 with bf16
 
 // Any layout with any activations through f32; size is an index into kTileRows.
 void tile_f32(Layout layout, Act act, const TileArgs& args, int size);

@@ -10,9 +10,9 @@
 
 namespace lmclock::LMCLOCK_PATH {
 
-// Pointers to T activation rows at the current block. One base per four rows: the four addresses are base, base + s,
-// base + 2 s and base + 3 s, which x86 forms inside the instruction; left to itself the compiler keeps T pointers
-// and spills them.
+// Pointers to T activation rows at the current block. One base per four rows: the four addresses
+// are base, base + s, base + 2 s and base + 3 s, which x86 forms inside the instruction; left to
+// itself the compiler keeps T pointers and spills them.
 template <int T>
 struct RowSet {
   static constexpr int kGroup = T < 4 ? T : 4;
@@ -28,7 +28,8 @@ struct RowSet {
     return r;
   }
 
-  // To be called once per loop turn: hides where s1 and s3 come from, so that sums with them stay in the addresses.
+  // To be called once per loop turn: hides where s1 and s3 come from, so that sums with them stay
+  // in the addresses.
   LM_INLINE void pin(RowSet& r) {
     if constexpr (T > 1) asm("" : "+r"(r.s1));
     if constexpr (T > 2) asm("" : "+r"(r.s3));
@@ -70,7 +71,8 @@ LM_INLINE i32x16 start32(const Q8Block& x) {
 
 // 32 elements: N = 8 code vectors.
 template <int Bits, int Offset, bool Min, int T>
-LM_INLINE void step32(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[8], const RowSet<T>& rows) {
+LM_INLINE void step32(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[8],
+                      const RowSet<T>& rows) {
   constexpr int G = RowSet<T>::kGroup;
   unroll<T / G>([&](auto group) LM_LAMBDA {
     i32x16 sums[G];
@@ -91,7 +93,8 @@ LM_INLINE void step32(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[8]
 
 // 16 elements, the first or second half of a block; the offset is 32 or 128.
 template <int Bits, int Offset, int Half, bool Min, int T>
-LM_INLINE void step16(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[4], const RowSet<T>& rows) {
+LM_INLINE void step16(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[4],
+                      const RowSet<T>& rows) {
   constexpr int G = RowSet<T>::kGroup;
   unroll<T / G>([&](auto group) LM_LAMBDA {
     i32x16 sums[G];

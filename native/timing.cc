@@ -1,5 +1,5 @@
-// Timed kernels for calibration and benchmarks: threads that live through all repeats, started together by a spin
-// barrier, so that nothing of Python and no thread start is in a figure.
+// Timed kernels for calibration and benchmarks: threads that live through all repeats, started
+// together by a spin barrier, so that nothing of Python and no thread start is in a figure.
 
 #include <atomic>
 #include <chrono>
@@ -35,7 +35,8 @@ class SpinBarrier {
 // Wall time of work(thread) on all threads, per repeat; the first, untimed repeat warms up.
 template <class Work>
 Seconds time_all(int threads, int repeat, Work work) {
-  require(threads >= 1 && threads <= 1024, "threads must be 1 to 1024, not " + std::to_string(threads));
+  require(threads >= 1 && threads <= 1024,
+          "threads must be 1 to 1024, not " + std::to_string(threads));
   require(repeat >= 1, "repeat must be at least 1, not " + std::to_string(repeat));
   nb::gil_scoped_release unlocked;
   Seconds seconds(static_cast<size_t>(repeat));
@@ -58,7 +59,8 @@ Seconds time_all(int threads, int repeat, Work work) {
   return seconds;
 }
 
-// Rows are cut as a machine would: one row by panels, many rows by panels too, so that each thread keeps its weights.
+// Rows are cut as a machine would: one row by panels, many rows by panels too, so that each thread
+// keeps its weights.
 Seconds time_linear(const Packed& w, FloatsIn x, const std::string& act, int threads, int repeat,
                     const std::optional<std::string>& path) {
   const Kernels& kernels = path ? find_path(path) : *w.kernels;
@@ -113,14 +115,16 @@ Seconds time_peak(const std::string& kind, int64_t rounds, int threads, int repe
 
 void bind_timing(nb::module_& m) {
   using namespace nb::literals;
-  m.def("time_linear", &time_linear, "w"_a, "x"_a, "act"_a = "none", "threads"_a = 1, "repeat"_a = 10,
-        "path"_a = nb::none(), "Seconds of each repeat; rounding x is not in them.");
+  m.def("time_linear", &time_linear, "w"_a, "x"_a, "act"_a = "none", "threads"_a = 1,
+        "repeat"_a = 10, "path"_a = nb::none(),
+        "Seconds of each repeat; rounding x is not in them.");
   m.def("time_pack", &time_pack, "format"_a, "outputs"_a, "width"_a, "data"_a, "threads"_a = 1,
         "repeat"_a = 5, "path"_a = nb::none(), "Seconds of each repeat.");
-  m.def("time_stream", &time_stream, "data"_a, "threads"_a = 1, "repeat"_a = 10, "path"_a = nb::none(),
-        "Seconds of each repeat of reading data once through dot products.");
+  m.def("time_stream", &time_stream, "data"_a, "threads"_a = 1, "repeat"_a = 10,
+        "path"_a = nb::none(), "Seconds of each repeat of reading data once through dot products.");
   m.def("time_peak", &time_peak, "kind"_a, "rounds"_a = 256, "threads"_a = 1, "repeat"_a = 10,
-        "path"_a = nb::none(), "Operations per second of all threads, per repeat; kind int8, bf16 or f32.");
+        "path"_a = nb::none(),
+        "Operations per second of all threads, per repeat; kind int8, bf16 or f32.");
 }
 
 }  // namespace lmclock
