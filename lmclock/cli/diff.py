@@ -15,9 +15,10 @@ from lmclock.model import tokenizer_of
 
 @click.command("diff", help="Run two machines in lockstep and compare every instruction.")
 @options.program_options
-@click.option("--a", "first", type=click.Choice(list(MACHINES)), default="array", show_default=True)
+@click.option("--a", "first", type=click.Choice(list(MACHINES)), default="array", show_default=True,
+              help="The machine that is right.")  # fmt: skip
 @click.option("--b", "second", type=click.Choice(list(MACHINES)), default="native",
-              show_default=True)  # fmt: skip
+              show_default=True, help="The machine in question.")  # fmt: skip
 @options.prompt_options
 @click.option(
     "-n",
@@ -36,7 +37,12 @@ from lmclock.model import tokenizer_of
 )
 @click.option("--accumulate", is_flag=True, help="Let b go on with its own numbers.")
 @click.option(
-    "--worst", type=click.IntRange(1), default=10, show_default=True, help="Results to list."
+    "--worst",
+    type=click.IntRange(1),
+    metavar="N",
+    default=10,
+    show_default=True,
+    help="Results to list.",
 )
 @options.json_option
 def command(

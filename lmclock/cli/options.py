@@ -81,9 +81,12 @@ def program_options(function: Function) -> Function:
     return _with(
         command,
         click.argument("model_argument", metavar="[MODEL]", required=False),
-        click.option("-m", "--model", "model_option", metavar="MODEL", help="The same as MODEL."),
         click.option(
-            "-O", "--level", type=click.IntRange(0, 2), default=None,
+            "-m", "--model", "model_option", metavar="MODEL",
+            help=f"A catalogue name, a path or hf:org/repo[:file]; {DEFAULT_MODEL} if not given.",
+        ),
+        click.option(
+            "-O", "--level", type=click.IntRange(0, 2), metavar="0|1|2", default=None,
             help="0 as assembled, 1 fused, 2 fused and activations rounded (default).",
         ),
         click.option("--precise", is_flag=True, help="Keep activations in f32 (same as -O1)."),
@@ -118,17 +121,20 @@ def model_options(function: Function) -> Function:
         _with(
             command,
             machine_option,
-            click.option("-t", "--threads", type=click.IntRange(1, 1024), help="Threads."),
             click.option(
-                "-c", "--ctx-size", "context", type=click.IntRange(0), default=0,
+                "-t", "--threads", type=click.IntRange(1, 1024), metavar="N",
+                help="Threads of the native machine; as many as it may use if not given.",
+            ),
+            click.option(
+                "-c", "--ctx-size", "context", type=click.IntRange(0), metavar="N", default=0,
                 help="Most positions of a sequence; 0: from the model, at most 8192.",
             ),
             click.option(
-                "-ub", "--ubatch-size", "ubatch", type=click.IntRange(1), default=512,
+                "-ub", "--ubatch-size", "ubatch", type=click.IntRange(1), metavar="N", default=512,
                 show_default=True, help="Most prompt tokens in one cycle.",
             ),
             click.option(
-                "-b", "--batch-size", "batch", type=click.IntRange(1), default=2048,
+                "-b", "--batch-size", "batch", type=click.IntRange(1), metavar="N", default=2048,
                 show_default=True, help="The same; the smaller of the two counts.",
             ),
         )
@@ -179,22 +185,30 @@ def sampling_options(function: Function) -> Function:
 
     return _with(
         command,
-        click.option("-n", "--n-predict", "count", type=int, default=-1, show_default=True,
+        click.option("-n", "--n-predict", "count", type=int, metavar="N", default=-1,
+                     show_default=True,
                      help="Most new tokens; -1: until the end token or the context."),
-        click.option("-s", "--seed", type=int, default=-1, help="-1: another one each time."),
-        click.option("--temp", "temperature", type=float, default=0.8, show_default=True,
-                     help="0: greedy."),
-        click.option("--top-k", type=int, default=40, show_default=True, help="0: off."),
-        click.option("--top-p", type=float, default=0.95, show_default=True, help="1: off."),
-        click.option("--min-p", type=float, default=0.05, show_default=True, help="0: off."),
-        click.option("--repeat-penalty", "repetition", type=float, default=1.0, show_default=True),
-        click.option("--presence-penalty", "presence", type=float, default=0.0, show_default=True),
-        click.option("--frequency-penalty", "frequency", type=float, default=0.0,
-                     show_default=True),
-        click.option("--logit-bias", multiple=True, metavar="ID=BIAS", help="May be repeated."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before TEXT."),
+        click.option("-s", "--seed", type=int, metavar="N", default=-1, show_default=True,
+                     help="-1: another one each time."),
+        _number("--temp", "temperature", 0.8, "Temperature; 0: greedy."),
+        click.option("--top-k", type=int, metavar="N", default=40, show_default=True,
+                     help="Draw from the N most likely tokens; 0: off."),
+        _number("--top-p", "top_p", 0.95, "Draw from the most likely X of probability; 1: off."),
+        _number("--min-p", "min_p", 0.05, "Draw above X of the largest probability; 0: off."),
+        _number("--repeat-penalty", "repetition", 1.0, "Against tokens that came; 1: off."),
+        _number("--presence-penalty", "presence", 0.0, "The same, once for each; 0: off."),
+        _number("--frequency-penalty", "frequency", 0.0, "The same, each time; 0: off."),
+        click.option("--logit-bias", multiple=True, metavar="ID=BIAS",
+                     help="Added to a token's logit; may be repeated."),
+        click.option("--stop", multiple=True, metavar="TEXT",
+                     help="Stop before TEXT; may be repeated."),
         click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token."),
     )  # fmt: skip
+
+
+def _number(flag: str, name: str, default: float, about: str) -> Function:
+    return click.option(flag, name, type=float, metavar="X", default=default, show_default=True,
+                        help=about)  # fmt: skip
 
 
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency")

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # exit code, as shells have it
 
 
-@click.command("run", help="Continue a prompt (-p, -f), or chat with the model.")
+@click.command(
+    "run",
+    help="Continue a prompt (-p, -f), or chat with the model: Ctrl-C stops a reply, /clear starts "
+    "afresh, /exit or Ctrl-D ends.",
+)
 @options.model_options
 @options.prompt_options
 @click.option("--chat", is_flag=True, help="With -p: one turn through the chat template.")

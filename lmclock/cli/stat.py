@@ -11,11 +11,16 @@ from lmclock.reports.stat import print_stat
 from lmclock.reports.summary import summary
 
 
-@click.command("stat", help="Run a prompt and account for every tick of it.")
+@click.command(
+    "stat",
+    help="Run a prompt and account for every tick of it: 64 tokens and a prompt of its own if not "
+    "told otherwise.",
+)
 @options.model_options
 @options.prompt_options
 @options.sampling_options
-@click.option("--hottest", type=click.IntRange(1), default=10, help="Instructions to list.")
+@click.option("--hottest", type=click.IntRange(1), metavar="N", default=10, show_default=True,
+              help="Instructions to list.")  # fmt: skip
 @options.json_option
 def command(
     loading: options.Loading,

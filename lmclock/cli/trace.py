@@ -12,10 +12,15 @@ from lmclock.errors import FileError
 from lmclock.reports.trace import write_trace
 
 
-@click.command("trace", help="Run a prompt and write a trace that Perfetto opens.")
+@click.command(
+    "trace",
+    help="Run a prompt and write a trace that Perfetto opens: 16 tokens and a prompt of its own if "
+    "not told otherwise.",
+)
 @options.model_options
 @options.prompt_options
-@click.option("-o", "--output", default="trace.json", show_default=True, help="File to write.")
+@click.option("-o", "--output", metavar="FILE", default="trace.json", show_default=True,
+              help="File to write.")  # fmt: skip
 @options.sampling_options
 @options.json_option
 def command(
