@@ -15,7 +15,7 @@ from lmclock.reports.stat import clock_time, percent, si
 @click.command("calibrate", help="Measure bandwidth and peaks of this machine, and cache them.")
 @click.option("-t", "--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads.")
 @click.option("-r", "--repeat", type=click.IntRange(1, 1000), metavar="N", default=5,
-              show_default=True, help="Rounds; the best, the median and the spread are kept.")  # fmt: skip
+              show_default=True, help="Rounds, to see how much they vary.")  # fmt: skip
 @options.json_option
 def command(threads: int | None, repeat: int, as_json: bool) -> None:
     file = cache_file(threads)
