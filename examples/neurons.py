@@ -23,6 +23,6 @@ for name in ("array", "native"):
     print(f"\n{name}")
     for number, instruction in enumerate(program.section("step").instructions):
         machine.run("step", number, number + 1)  # one instruction: this is single-stepping
-        value = machine.read(instruction.outs[0])
-        print(f"  {assembly(instruction):<34} {np.round(value, 4).tolist()}")
+        value = machine.read(instruction.outs[0]).astype(float).round(4)
+        print(f"  {assembly(instruction):<34} {value.tolist()}")
     machine.close()

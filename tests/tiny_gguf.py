@@ -18,14 +18,14 @@ PIECES = (*sorted(ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES), 
 END = len(PIECES) - 1  # <|im_end|>
 
 
-def write(path: Path, name: str = "tiny", seed: int = 0) -> Path:
-    """Write the model and return its path; the same seed gives the same bytes."""
-    tensors = _tensors(np.random.default_rng(seed))
+def write(path: Path, name: str = "tiny", context: int = CONTEXT) -> Path:
+    """Write the model and return its path; the same bytes each time."""
+    tensors = _tensors(np.random.default_rng(0))
     entries, data = [], b""
     for key, values in tensors.items():
         entries.append(raw.entry(f"{key}.weight", values.shape[::-1], 0, len(data)))
         data += values.tobytes()  # sizes are multiples of 32 bytes, so are the offsets
-    path.write_bytes(raw.build(_keys(name), tuple(entries), data))
+    path.write_bytes(raw.build(_keys(name, context), tuple(entries), data))
     return path
 
 
@@ -48,9 +48,9 @@ def _tensors(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {key: values.astype("<f4") for key, values in found.items()}
 
 
-def _keys(name: str) -> tuple[bytes, ...]:
+def _keys(name: str, context: int) -> tuple[bytes, ...]:
     numbers = {
-        "context_length": CONTEXT, "embedding_length": WIDTH, "block_count": LAYERS,
+        "context_length": context, "embedding_length": WIDTH, "block_count": LAYERS,
         "feed_forward_length": FFN, "attention.head_count": HEADS, "attention.head_count_kv": 1,
         "rope.dimension_count": WIDTH // HEADS,
     }  # fmt: skip

@@ -68,7 +68,7 @@ def group() -> None:
 def main() -> None:
     """Entry point of the `lmclock` command."""
     try:
-        code = group.main(standalone_mode=False)
+        code = group.main(prog_name="lmclock", standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
     except click.exceptions.Exit as done:

@@ -69,13 +69,14 @@ def program_options(function: Function) -> Function:
         model_argument: str | None, model_option: str | None, level: int | None, precise: bool,
         cache: str, **rest: Any,
     ) -> Any:  # fmt: skip
-        if model_argument and model_option and model_argument != model_option:
+        names = [name for name in (model_argument, model_option) if name is not None]
+        if len(set(names)) == 2:
             two = f"{model_argument!r} and {model_option!r}"
             raise click.UsageError(f"two models are named, {two}; give one")
         if precise and level == 2:
             raise click.UsageError("--precise goes with -O0 or -O1, not -O2")
         chosen = level if level is not None else 1 if precise else 2
-        loading = Loading(model_argument or model_option or DEFAULT_MODEL, chosen, cache)
+        loading = Loading(names[0] if names else DEFAULT_MODEL, chosen, cache)
         return function(loading=loading, **rest)
 
     return _with(

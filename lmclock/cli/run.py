@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,8 @@ def _chat(model: Model, system: str | None, sampling: dict[str, Any]) -> None:
     terminal = sys.stdin.isatty()
     errors = options.console(stderr=True)
     if terminal:
-        errors.print("[dim]Ctrl-C stops a reply; /clear starts afresh; /exit or Ctrl-D ends[/]")
+        help = "Ctrl-C stops a reply; /clear starts afresh; /exit or Ctrl-D ends"
+        errors.print(help, style="dim", highlight=False)
     history: list[dict[str, str]] = []
     for line in _turns(terminal):
         if line == "/clear":
@@ -112,6 +114,9 @@ def _chat(model: Model, system: str | None, sampling: dict[str, Any]) -> None:
 
 def _turns(terminal: bool) -> Iterator[str]:
     """The lines of the user that say something, until `/exit` or the end."""
+    if terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401, input() can then edit and recall lines
     while True:
         try:
             line = input("> ") if terminal else sys.stdin.readline()
