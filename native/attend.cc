@@ -148,6 +148,14 @@ void copy_group(const Plan& p, const Sequence& s, int64_t h, int64_t first, int 
   }
 }
 
+// The keys of position `position` in pages that the kernels read in place, else null.
+const void* keys_at(const Plan& p, const Sequence& s, int64_t h, int64_t position) {
+  if (!p.state || position >= s.keys) return nullptr;
+  const PageLayout& l = p.state->layout;
+  const Place at = place_of(*p.state, *p.table, s.number, position);
+  return p.state->head(at.page, h) + at.offset / kGroup * l.group_bytes;
+}
+
 void find_paged(const Plan& p, const Sequence& s, int64_t h, const Tile& t, Block& b) {
   const PageLayout& l = p.state->layout;
   const bool direct = l.format != CacheFormat::q8_0 && l.page_size % kGroup == 0;
@@ -176,6 +184,7 @@ Block find_block(const Plan& p, const Sequence& s, int64_t h, const Span& span, 
   Block b = {};
   b.first = n * kPositions;
   b.count = static_cast<int>(smaller(kPositions, span.keys_end - b.first));
+  b.ahead = n + 1 < span.blocks_end ? keys_at(p, s, h, b.first + kPositions) : nullptr;
   if (p.state) find_paged(p, s, h, t, b);
   else find_packed(p, s, h, b);
   return b;
@@ -260,6 +269,13 @@ void whole_tile(const Frame& f, const isa::Instruction& i, const Worker& w, cons
   finish_tile(p, s, h, span, t);
 }
 
+// A block's keys, before anything else is done.
+void ask_for_keys(const Plan& p, const Sequence& s, int64_t h, int64_t position) {
+  const char* keys = static_cast<const char*>(keys_at(p, s, h, position));
+  const int64_t bytes = keys ? int64_t{kGroups} * p.state->layout.group_bytes : 0;
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + at, 0, 3);
+}
+
 // Tiles from the last rows to the first, whose blocks are fewer.
 void attend_tiles(Frame& f, const isa::Instruction& i, Worker& w, const Plan& p, int64_t tiles) {
   Counter& next = next_counter(f, w);
@@ -273,36 +289,32 @@ void attend_tiles(Frame& f, const isa::Instruction& i, Worker& w, const Plan& p,
   }
 }
 
-// Blocks of all tiles in one line, an equal part of it for each thread.
-void attend_blocks(Frame& f, const isa::Instruction& i, Worker& w, const Plan& p, int64_t tiles,
-                   int64_t blocks) {
+// Blocks of all tiles in one line, an equal part of it for each thread. Whoever finishes the last
+// block of a tile merges them all, in order.
+void attend_blocks(Frame& f, const isa::Instruction& i, Worker& w, const Plan& p, int64_t blocks) {
   const Share mine = share(f, w, blocks);
   int64_t before = 0;
-  for_tiles(f, p, [&](const Sequence& s, int64_t tile, int64_t h, int64_t) {
-    const Span span = span_of(p, s, tile);
-    const int64_t first = larger(mine.first - before, 0);
-    const int64_t last = smaller(mine.last - before, span.blocks_end - span.block);
-    if (first < last) {
-      Tile t;
-      fill_tile(f, i, p, s, h, span, w.tile, t);
-      for (int64_t n = first; n < last; ++n)
-        attend_block(t, find_block(p, s, h, span, span.block + n, t),
-                     partial_at(t, p.partials + (before + n) * p.partial_floats));
-    }
-    before += span.blocks_end - span.block;
-  });
-  barrier(f);
-  const Share merged = share(f, w, tiles);
-  before = 0;
   for_tiles(f, p, [&](const Sequence& s, int64_t tile, int64_t h, int64_t number) {
     const Span span = span_of(p, s, tile);
     const int64_t count = span.blocks_end - span.block;
-    if (number >= merged.first && number < merged.last) {
+    const int64_t first = larger(mine.first - before, 0);
+    const int64_t last = smaller(mine.last - before, count);
+    const auto partial = [&](const Tile& t, int64_t n) {
+      return partial_at(t, p.partials + (before + n) * p.partial_floats);
+    };
+    // A tile that sees nothing belongs to the first thread.
+    if (first < last || (count == 0 && w.thread == 0)) {
       Tile t;
+      ask_for_keys(p, s, h, (span.block + first) * kPositions);
       fill_tile(f, i, p, s, h, span, w.tile, t);
-      for (int64_t n = 0; n < count; ++n)
-        merge_block(t, partial_at(t, p.partials + (before + n) * p.partial_floats));
-      finish_tile(p, s, h, span, t);
+      for (int64_t n = first; n < last; ++n)
+        attend_block(t, find_block(p, s, h, span, span.block + n, t), partial(t, n));
+      const int32_t done = static_cast<int32_t>(larger(last - first, 0));
+      if (f.merges[number].fetch_add(done, std::memory_order_acq_rel) + done == count) {
+        f.merges[number].store(0, std::memory_order_relaxed);
+        for (int64_t n = 0; n < count; ++n) merge_block(t, partial(t, n));
+        finish_tile(p, s, h, span, t);
+      }
     }
     before += count;
   });
@@ -329,8 +341,8 @@ void op_attend(Frame& f, const isa::Instruction& i, Worker& w) {
   });
   const int64_t room = f.shared_floats - (p.partials - f.shared);
   const bool split = f.threads > 1 && most * kTiles * f.threads > blocks &&
-                     blocks * p.partial_floats <= room;
-  if (split) attend_blocks(f, i, w, p, tiles, blocks);
+                     blocks * p.partial_floats <= room && tiles <= kMerges;
+  if (split) attend_blocks(f, i, w, p, blocks);
   else attend_tiles(f, i, w, p, tiles);
 }
 

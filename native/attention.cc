@@ -22,6 +22,23 @@ constexpr int kRows = 1, kColumns = 1, kVectors = 1, kBroadcasts = 1;
 
 LM_INLINE f32x16 minus_infinity() { return splat(-__builtin_inff()); }
 
+// e^x for x <= 0 with the polynomial of mathfun.h, but zero where it would be subnormal: a masked
+// score costs no microcode then, and one power of two is enough.
+LM_INLINE f32x16 weight(f32x16 x) {
+  const f32x16 least = splat(-87.0f), inside = max(least, x);
+  const i32x16 n = round_i(inside * splat(0x1.715476p0f));
+  const f32x16 nf = to_f32(n);
+  f32x16 r = fma(nf, splat(-0x1.62e4p-1f), inside);
+  r = fma(nf, splat(-0x1.7f7d1cp-20f), r);
+  f32x16 p = splat(0x1.6d75e6p-10f);
+  p = fma(p, r, splat(0x1.120be6p-7f));
+  p = fma(p, r, splat(0x1.5554b8p-5f));
+  p = fma(p, r, splat(0x1.5554dcp-3f));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r * r, r) + splat(1.0f);
+  return select(x < least, splat(0.0f), p * exp2_int(n));
+}
+
 template <int A, int B>
 LM_INLINE void clear(f32x16 (&acc)[A][B]) {
   unroll<A * B>([&](auto i) LM_LAMBDA { acc[i / B][i % B] = splat(0.0f); });
@@ -32,14 +49,34 @@ LM_INLINE f32x16 load_element(const uint16_t* p) { return load_f16(p); }
 
 // --- lanes are positions
 
+// Memory asked for while something else is computed: the values of a block during its scores, the
+// next keys while the values are weighed. Keys and values of 64 positions are 8 KB each, too short
+// for the processor's own prefetching to get going.
+struct Ahead {
+  const char* data;
+  int lines;  // per step
+
+  // `bytes` in so many steps.
+  LM_INLINE Ahead of(const void* data, int64_t bytes, int64_t steps) {
+    if (!data || steps == 0) return {nullptr, 0};
+    const int64_t lines = (bytes + 64 * steps - 1) / (64 * steps);
+    return {static_cast<const char*>(data), static_cast<int>(lines)};
+  }
+  LM_INLINE void step(Ahead& a) {
+    for (int n = 0; n < a.lines; ++n, a.data += 64) __builtin_prefetch(a.data, 0, 3);
+  }
+};
+
 // R queries against C groups of keys: out[r][g] += q[r][d] * key[g][d], all d.
 template <int R, int C, class E>
-LM_INLINE void score_groups(const float* const* q, int key, const void* const* groups, float* out) {
+LM_INLINE void score_groups(const float* const* q, int key, const void* const* groups, Ahead ahead,
+                            float* out) {
   f32x16 acc[R][C];
   clear(acc);
   const E* k[C];
   unroll<C>([&](auto c) LM_LAMBDA { k[c] = static_cast<const E*>(groups[c]); });
   for (int d = 0; d < key; ++d) {
+    Ahead::step(ahead);
     f32x16 kv[C];
     unroll<C>([&](auto c) LM_LAMBDA { kv[c] = load_element(k[c] + kGroup * d); });
     unroll<R>([&](auto r) LM_LAMBDA {
@@ -53,29 +90,35 @@ LM_INLINE void score_groups(const float* const* q, int key, const void* const* g
 }
 
 template <int R, class E>
-void score_rows(const float* const* q, int key, const Block& b, float* out) {
+void score_rows(const float* const* q, int key, const Block& b, Ahead ahead, float* out) {
   const int groups = (b.count + kGroup - 1) / kGroup;
   int g = 0;
-  for (; g + kColumns <= groups; g += kColumns)
-    score_groups<R, kColumns, E>(q, key, b.key + g, out + kGroup * g);
-  for (; g < groups; ++g) score_groups<R, 1, E>(q, key, b.key + g, out + kGroup * g);
+  for (; g + kColumns <= groups; g += kColumns, ahead = {})
+    score_groups<R, kColumns, E>(q, key, b.key + g, ahead, out + kGroup * g);
+  for (; g < groups; ++g, ahead = {})
+    score_groups<R, 1, E>(q, key, b.key + g, ahead, out + kGroup * g);
 }
 
 // R queries' weights times C vectors of the values: out[r][c] = sum over positions of
 // p[r][position] * value.
 template <int R, int C, class E>
-LM_INLINE void weigh_vectors(const float* p, const Block& b, int64_t at, float* out,
+LM_INLINE void weigh_vectors(const float* p, const Block& b, int64_t at, Ahead ahead, float* out,
                              int64_t stride) {
   f32x16 acc[R][C];
   clear(acc);
-  for (int j = 0; j < b.count; ++j) {
-    const E* v = static_cast<const E*>(b.value[j / kGroup]) + j % kGroup * b.value_stride + at;
-    f32x16 vv[C];
-    unroll<C>([&](auto c) LM_LAMBDA { vv[c] = load_element(v + 16 * c); });
-    unroll<R>([&](auto r) LM_LAMBDA {
-      const f32x16 x = splat(p[kBlock * r + j]);
-      unroll<C>([&](auto c) LM_LAMBDA { acc[r][c] = fma(x, vv[c], acc[r][c]); });
-    });
+  const int64_t step = b.value_stride;
+  for (int left = b.count, g = 0; left > 0; left -= kGroup, ++g, p += kGroup) {
+    const E* v = static_cast<const E*>(b.value[g]) + at;
+    const int rows = left < kGroup ? left : kGroup;
+    for (int j = 0; j < rows; ++j, v += step) {
+      Ahead::step(ahead);
+      f32x16 vv[C];
+      unroll<C>([&](auto c) LM_LAMBDA { vv[c] = load_element(v + 16 * c); });
+      unroll<R>([&](auto r) LM_LAMBDA {
+        const f32x16 x = splat(p[kBlock * r + j]);
+        unroll<C>([&](auto c) LM_LAMBDA { acc[r][c] = fma(x, vv[c], acc[r][c]); });
+      });
+    }
   }
   unroll<R>([&](auto r) LM_LAMBDA {
     unroll<C>([&](auto c) LM_LAMBDA { store(out + stride * r + 16 * c, acc[r][c]); });
@@ -83,11 +126,12 @@ LM_INLINE void weigh_vectors(const float* p, const Block& b, int64_t at, float* 
 }
 
 template <int R, class E>
-void weigh_rows(const float* p, const Block& b, int value_padded, float* out) {
+void weigh_rows(const float* p, const Block& b, int value_padded, Ahead ahead, float* out) {
   int at = 0;
-  for (; at + 16 * kColumns <= value_padded; at += 16 * kColumns)
-    weigh_vectors<R, kColumns, E>(p, b, at, out + at, value_padded);
-  for (; at < value_padded; at += 16) weigh_vectors<R, 1, E>(p, b, at, out + at, value_padded);
+  for (; at + 16 * kColumns <= value_padded; at += 16 * kColumns, ahead = {})
+    weigh_vectors<R, kColumns, E>(p, b, at, ahead, out + at, value_padded);
+  for (; at < value_padded; at += 16, ahead = {})
+    weigh_vectors<R, 1, E>(p, b, at, ahead, out + at, value_padded);
 }
 
 // f(Index<R>, first query) over all queries, R = kRows while they last.
@@ -101,20 +145,23 @@ LM_INLINE void for_rows(int queries, F&& f, int q = 0) {
 LM_INLINE void soften_row(float* s, const Block& b, float scale, float low, float high, float* m,
                           float* l) {
   f32x16 x[kGroups];
-  float lanes[kGroup];
-  for (int i = 0; i < kGroup; ++i) lanes[i] = static_cast<float>(i);
-  const f32x16 lane = load(lanes);
   unroll<kGroups>([&](auto g) LM_LAMBDA {
-    const float first = static_cast<float>(b.first + kGroup * g);
-    const f32x16 at = lane + splat(first);
     x[g] = kGroup * g < b.count ? load(s + kGroup * g) * splat(scale) : minus_infinity();
-    x[g] = select(at < splat(high), x[g], minus_infinity());
-    x[g] = select(at < splat(low), minus_infinity(), x[g]);
   });
+  const float first = static_cast<float>(b.first);
+  if (low > first || high < first + kBlock) {
+    float lanes[kGroup];
+    for (int i = 0; i < kGroup; ++i) lanes[i] = first + static_cast<float>(i);
+    unroll<kGroups>([&](auto g) LM_LAMBDA {
+      const f32x16 at = load(lanes) + splat(static_cast<float>(kGroup * g));
+      x[g] = select(at < splat(high), x[g], minus_infinity());
+      x[g] = select(at < splat(low), minus_infinity(), x[g]);
+    });
+  }
   const float most = reduce_max(max(max(x[0], x[1]), max(x[2], x[3])));
   const f32x16 peak = splat(most == -__builtin_inff() ? 0.0f : most);
   unroll<kGroups>([&](auto g) LM_LAMBDA {
-    x[g] = exp(x[g] - peak);
+    x[g] = weight(x[g] - peak);
     store(s + kGroup * g, x[g]);
   });
   *m = most;
@@ -146,15 +193,18 @@ template <int V, int N>
 LM_INLINE void weigh_queries(const float* p, int padded, const Block& b, int64_t at, float* out) {
   f32x16 acc[N][V];
   clear(acc);
-  for (int j = 0; j < b.count; ++j) {
-    const float* row = static_cast<const float*>(b.value[j / kGroup]);
-    row += j % kGroup * b.value_stride + at;
-    f32x16 w[V];
-    unroll<V>([&](auto v) LM_LAMBDA { w[v] = load(p + j * padded + 16 * v); });
-    unroll<N>([&](auto e) LM_LAMBDA {
-      const f32x16 x = splat(row[e]);
-      unroll<V>([&](auto v) LM_LAMBDA { acc[e][v] = fma(w[v], x, acc[e][v]); });
-    });
+  const int64_t step = b.value_stride;
+  for (int left = b.count, g = 0; left > 0; left -= kGroup, ++g) {
+    const float* row = static_cast<const float*>(b.value[g]) + at;
+    const int rows = left < kGroup ? left : kGroup;
+    for (int j = 0; j < rows; ++j, row += step, p += padded) {
+      f32x16 w[V];
+      unroll<V>([&](auto v) LM_LAMBDA { w[v] = load(p + 16 * v); });
+      unroll<N>([&](auto e) LM_LAMBDA {
+        const f32x16 x = splat(row[e]);
+        unroll<V>([&](auto v) LM_LAMBDA { acc[e][v] = fma(w[v], x, acc[e][v]); });
+      });
+    }
   }
   unroll<N>([&](auto e) LM_LAMBDA {
     unroll<V>([&](auto v) LM_LAMBDA { store(out + e * padded + 16 * v, acc[e][v]); });
@@ -185,35 +235,49 @@ LM_INLINE void for_vectors(int padded, F&& f, int q = 0) {
   if constexpr (V > 1) for_vectors<V - 1>(padded, f, q);
 }
 
-// Scores of 16 queries, one under the other, to weights. The sum is taken in the order of
-// reduce_add.
-void soften_queries(const Tile& t, const Block& b, float scale, int query, float* m, float* l) {
+// Scores of 16 queries, one under the other, to weights; those a query does not see are -infinity.
+// The sum is taken in the order of reduce_add.
+void soften_queries(const Tile& t, int count, f32x16 factor, int query, const Partial& out) {
   float* s = t.scores + query;
-  const f32x16 low = load(t.low + query), high = load(t.high + query);
-  f32x16 most = minus_infinity();
-  for (int j = 0; j < b.count; ++j) {
-    const f32x16 at = splat(static_cast<float>(b.first + j));
-    f32x16 x = load(s + j * t.padded) * splat(scale);
-    x = select(at < high, x, minus_infinity());
-    x = select(at < low, minus_infinity(), x);
-    store(s + j * t.padded, x);
-    most = max(x, most);
+  const int64_t stride = t.padded;
+  f32x16 most = minus_infinity(), other = minus_infinity();
+  int j = 0;
+  for (; j + 2 <= count; j += 2) {
+    most = max(load(s + j * stride) * factor, most);
+    other = max(load(s + (j + 1) * stride) * factor, other);
   }
+  if (j < count) most = max(load(s + j * stride) * factor, most);
+  most = max(most, other);
   const f32x16 peak = select(most == minus_infinity(), splat(0.0f), most);
   f32x16 sum[kGroup];
   for (int i = 0; i < kGroup; ++i) {
     f32x16 p[kGroups];
     unroll<kGroups>([&](auto g) LM_LAMBDA {
-      float* at = s + (kGroup * g + i) * t.padded;
-      p[g] = kGroup * g + i < b.count ? exp(load(at) - peak) : splat(0.0f);
+      float* at = s + (kGroup * g + i) * stride;
+      p[g] = kGroup * g + i < count ? weight(load(at) * factor - peak) : splat(0.0f);
       store(at, p[g]);
     });
     sum[i] = (p[0] + p[1]) + (p[2] + p[3]);
   }
   for (int half = kGroup / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) sum[i] = sum[i] + sum[i + half];
-  store(m + query, most);
-  store(l + query, sum[0]);
+  store(out.m + query, most);
+  store(out.l + query, sum[0]);
+}
+
+// Scores of keys that a query does not see become -infinity, where there are any.
+void mask_queries(const Tile& t, const Block& b, int query) {
+  const f32x16 low = load(t.low + query), high = load(t.high + query);
+  const f32x16 first = splat(static_cast<float>(b.first));
+  const f32x16 seen = select(first < low, splat(1.0f), splat(0.0f)) +
+                      select(high < first + splat(kBlock), splat(1.0f), splat(0.0f));
+  if (reduce_max(seen) == 0.0f) return;
+  float* s = t.scores + query;
+  for (int j = 0; j < b.count; ++j, s += t.padded) {
+    const f32x16 at = splat(static_cast<float>(b.first + j));
+    const f32x16 x = select(at < high, load(s), minus_infinity());
+    store(s, select(at < low, minus_infinity(), x));
+  }
 }
 
 // --- both
@@ -240,15 +304,26 @@ void prepare_scores(const Tile& t, const Block& b) {
 
 template <class E>
 void attend_positions(const Tile& t, const Block& b, float scale, bool prepared, Partial out) {
+  const int64_t value_bytes = b.count * b.value_stride * static_cast<int64_t>(sizeof(E));
+  const int64_t key_bytes = kPositions * t.key * static_cast<int64_t>(sizeof(E));
+  const Ahead values = Ahead::of(b.value[0], value_bytes, t.key);
+  const Ahead keys = Ahead::of(b.ahead, key_bytes, b.count);
   for_rows(t.queries, [&](auto r, int q) LM_LAMBDA {
-    score_rows<r.value, E>(t.q + q, t.key, b, t.scores + q * kBlock);
+    score_rows<r.value, E>(t.q + q, t.key, b, q == 0 ? values : Ahead{}, t.scores + q * kBlock);
   });
   if (!prepared) prepare_scores(t, b);
   for (int q = 0; q < t.queries; ++q)
     soften_row(t.scores + q * kBlock, b, scale, t.low[q], t.high[q], out.m + q, out.l + q);
   for_rows(t.queries, [&](auto r, int q) LM_LAMBDA {
-    weigh_rows<r.value, E>(t.scores + q * kBlock, b, t.value_padded, out.o + q * t.value_padded);
+    weigh_rows<r.value, E>(t.scores + q * kBlock, b, t.value_padded, q == 0 ? keys : Ahead{},
+                           out.o + q * t.value_padded);
   });
+}
+
+// `vectors` vectors of f16 to f32.
+LM_INLINE void widen_run(const void* from, int64_t vectors, float* __restrict to) {
+  const uint16_t* x = static_cast<const uint16_t*>(from);
+  for (int64_t n = 0; n < vectors; ++n) store(to + 16 * n, load_f16(x + 16 * n));
 }
 
 // f16 keys and values to f32, since each is read as often as there are queries.
@@ -261,13 +336,9 @@ Block widen(const Tile& t, const Block& b) {
     float* v = t.values + int64_t{g} * kGroup * t.value_padded;
     wide.key[g] = k;
     wide.value[g] = v;
-    for (int d = 0; d < t.key; ++d)
-      store(k + kGroup * d, load_f16(static_cast<const uint16_t*>(b.key[g]) + kGroup * d));
+    widen_run(b.key[g], t.key, k);
     const int rows = b.count - kGroup * g < kGroup ? b.count - kGroup * g : kGroup;
-    for (int j = 0; j < rows; ++j)
-      for (int e = 0; e < t.value_padded; e += 16)
-        store(v + j * t.value_padded + e,
-              load_f16(static_cast<const uint16_t*>(b.value[g]) + j * b.value_stride + e));
+    widen_run(b.value[g], int64_t{rows} * t.value_padded / 16, v);  // rows are value_padded apart
   }
   return wide;
 }
@@ -313,7 +384,7 @@ void begin_tile(Tile& t) {
 }
 
 void attend_block(Tile& t, const Block& b, Partial out) {
-  const bool plain = t.softcap == 0.0f && !t.bias.table;
+  const bool plain = t.softcap == 0.0f && !t.bias.table && t.scale > 0.0f;
   const float scale = plain ? t.scale : 1.0f;
   if (!t.many) {
     if (b.half) attend_positions<uint16_t>(t, b, scale, plain, out);
@@ -323,7 +394,10 @@ void attend_block(Tile& t, const Block& b, Partial out) {
   const Block wide = b.half ? widen(t, b) : b;
   for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA { score_all<v.value>(t, wide, q); });
   if (!plain) prepare_scores(t, wide);
-  for (int q = 0; q < t.padded; q += 16) soften_queries(t, wide, scale, q, out.m, out.l);
+  for (int q = 0; q < t.padded; q += 16) {
+    mask_queries(t, wide, q);
+    soften_queries(t, wide.count, splat(scale), q, out);
+  }
   for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA { weigh_all<v.value>(t, wide, q, out.o); });
 }
 
@@ -333,7 +407,7 @@ void merge_block(Tile& t, const Partial& block) {
   for (int q = 0; q < t.padded; q += 16) {
     const f32x16 old = load(t.sum.m + q), m = load(block.m + q), both = max(m, old);
     const f32x16 peak = select(both == none, splat(0.0f), both);
-    const f32x16 a = exp(old - peak), b = exp(m - peak);
+    const f32x16 a = weight(old - peak), b = weight(m - peak);
     store(before + q, a);
     store(added + q, b);
     store(t.sum.m + q, both);

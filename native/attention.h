@@ -21,6 +21,7 @@ struct Block {
   bool half;                   // f16, else f32
   int64_t first;               // position (or index) of the first key
   int count;                   // 1 .. 64
+  const void* ahead;           // keys that will be read next, or null
 };
 
 // What one block, or all blocks so far, give each query: maximum of the scores, sum of exp(score -

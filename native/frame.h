@@ -80,6 +80,7 @@ struct FaultBox {
 constexpr int64_t kPrivateRows = 4;   // rows that each thread prepares for itself, without barrier
 constexpr int64_t kPositions = 64;    // positions of one attention block
 constexpr int kCounters = 16;         // shared counters, used in turn
+constexpr int64_t kMerges = 512;      // attention tiles whose blocks can be shared out
 constexpr int64_t kTileQueries = 48;  // queries of an attention tile, unless one row has more
 
 struct Frame {
@@ -105,6 +106,7 @@ struct Frame {
   float* shared = nullptr;               // working memory that threads share
   int64_t shared_floats = 0;
   Counter* counters = nullptr;
+  std::atomic<int32_t>* merges = nullptr;  // kMerges, zero between instructions
   FaultBox* fault = nullptr;
 };
 
@@ -120,9 +122,13 @@ struct Worker {
 using OpFunction = void (*)(Frame&, const isa::Instruction&, Worker&);
 constexpr int kOpcodes = static_cast<int>(isa::Op::glu) + 1;
 
-// The functions of one SIMD path by opcode; null where the machine lacks it.
+// What one SIMD path offers, by opcode.
 struct Ops {
-  OpFunction run[kOpcodes];
+  OpFunction run[kOpcodes];  // null where the machine lacks it
+  // It neither meets other threads nor uses shared memory: one thread can do it alone.
+  bool simple[kOpcodes];
+  // Where thread `thread` starts to read weights when rows are few, or null.
+  const uint8_t* (*start)(const Frame&, const isa::Instruction&, int thread);
 };
 
 // A share [first, last) of n units: thread t of all threads, boundaries at multiples of `grain`.

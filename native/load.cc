@@ -77,6 +77,7 @@ void Machine::load(const ProgramSource& source) {
     for (const isa::Instruction& i : section.code) reserve(section, i);
   }
   load_workers();
+  for (Section& section : sections_) load_schedule(section);
 }
 
 void Machine::load_values(const ProgramSource& source) {
@@ -178,6 +179,25 @@ void Machine::load_biases(Section& section) {
     bias_tables_.push_back(std::move(table));
     section.biases[n] = {bias_tables_.back().data(), i.max_distance};
   }
+}
+
+// Elements of a row below which meeting at a barrier costs more than doing all of them.
+constexpr int64_t kAloneElements = 4096;
+
+void Machine::load_schedule(Section& section) {
+  frame_.weights = weights_.data();
+  section.alone.clear();
+  section.starts.clear();
+  for (const isa::Instruction& i : section.code) {
+    const Value& x = section.values[static_cast<size_t>(i.ins[0])];
+    const Value& y = i.outs[0] < 0 ? x : section.values[static_cast<size_t>(i.outs[0])];
+    const int64_t width = std::max(x.width, y.width);
+    const bool simple = ops_->simple[i.op];
+    section.alone.push_back({x.space, simple ? static_cast<int32_t>(kAloneElements / width) : -1});
+  }
+  for (int thread = 0; thread < team_.size(); ++thread)
+    for (const isa::Instruction& i : section.code)
+      section.starts.push_back(ops_->start(frame_, i, thread));
 }
 
 // Raises `need_` to what instruction i may ask for.

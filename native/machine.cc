@@ -58,11 +58,13 @@ Machine::Machine(int threads, const Kernels* kernels)
     : team_(threads),
       ops_(ops_of(*kernels)),
       counters_(kCounters),
+      merges_(kMerges),
       workers_(static_cast<size_t>(threads)) {
   frame_.kernels = kernels;
   frame_.team = &team_;
   frame_.threads = threads;
   frame_.counters = counters_.data();
+  frame_.merges = merges_.data();
   frame_.fault = &fault_;
 }
 
@@ -118,6 +120,77 @@ void Machine::check_live(int section, int64_t first, int64_t last) {
   holder_.swap(held_);
 }
 
+namespace {
+
+inline int64_t stamp() {
+#if LMCLOCK_CLOCK
+  return ticks();
+#else
+  return 0;
+#endif
+}
+
+// Lines of the next weights to ask for while waiting: what memory delivers within its latency.
+constexpr int64_t kAheadBytes = 2048;
+
+inline void ask_for(const void* data, int64_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
+}
+
+}  // namespace
+
+// One thread's part of a run. Instructions of little work between two shared ones are done by the
+// thread that comes last to the barrier, so that they cost no barrier of their own.
+void Machine::interpret(const Section& s, int64_t first, int64_t last, int thread,
+                        int64_t* stamps) {
+  Worker& worker = workers_[static_cast<size_t>(thread)].worker;
+  Frame alone = frame_;
+  alone.threads = 1;
+  Worker single = worker;
+  single.thread = 0;
+  const isa::Instruction* code = s.code.data();
+  const uint8_t* const* starts = s.starts.data() + thread * static_cast<int64_t>(s.code.size());
+  const auto little = [&](int64_t n) {
+    const Alone& a = s.alone[static_cast<size_t>(n)];
+    return frame_.rows[a.space].count <= a.rows;
+  };
+  const auto do_alone = [&](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n) {
+      int64_t* at = stamps + 2 * (n - first);
+      at[0] = stamp();
+      ops_->run[code[n].op](alone, code[n], single);
+      at[1] = stamp();
+    }
+  };
+  const auto skip = [&](int64_t from, int64_t to) {
+    while (to < last && little(to)) ++to;
+    return to > from ? to : from;
+  };
+  int64_t n = skip(first, first);
+  if (n > first) {
+    for (int64_t k = 0; k < 2 * (n - first); ++k) stamps[k] = stamp();
+    if (thread == 0) do_alone(first, n);
+    team_.barrier();
+  }
+  while (n < last) {
+    int64_t* at = stamps + 2 * (n - first);
+    at[0] = stamp();
+    ops_->run[code[n].op](frame_, code[n], worker);
+    at[1] = stamp();
+    const int64_t next = skip(n + 1, n + 1);
+    // Who does them stamps them again.
+    for (int64_t k = n + 1; k < next; ++k) at[2 * (k - n)] = at[2 * (k - n) + 1] = at[1];
+    if (next < last) {
+      ask_for(code + next, sizeof(isa::Instruction));
+      if (starts[next]) ask_for(starts[next], kAheadBytes);
+    }
+    if (n + 1 == last) return;
+    team_.barrier([&] { do_alone(n + 1, next); });
+    n = next;
+  }
+}
+
 RunFault Machine::run(int section, int64_t first, int64_t last, int64_t* stamps) {
   if (!bound_) throw Failure{"ProgramError", "no batch is bound"};
   Section& s = sections_[static_cast<size_t>(section)];
@@ -131,19 +204,7 @@ RunFault Machine::run(int section, int64_t first, int64_t last, int64_t* stamps)
   fault_.set.store(0);
   fault_.fault = Fault::none;
   const bool there = team_.run([&](int thread) {
-    Worker& worker = workers_[static_cast<size_t>(thread)].worker;
-    [[maybe_unused]] int64_t* at = stamps + 2 * (last - first) * thread;
-    for (int64_t n = first; n < last; ++n) {
-      const isa::Instruction& i = s.code[static_cast<size_t>(n)];
-#if LMCLOCK_CLOCK
-      *at++ = ticks();
-#endif
-      ops_->run[i.op](frame_, i, worker);
-#if LMCLOCK_CLOCK
-      *at++ = ticks();
-#endif
-      if (n + 1 < last) team_.barrier();
-    }
+    interpret(s, first, last, thread, stamps + 2 * (last - first) * thread);
   });
   if (!there)
     throw Failure{"LmclockError",

@@ -118,12 +118,18 @@ class Machine {
   View view(int section, int value) const;
 
  private:
+  // Up to `rows` rows of `space` are too little work to be shared out.
+  struct Alone {
+    int32_t space, rows;
+  };
   struct Section {
     std::vector<isa::Instruction> code;
     std::vector<Value> values;
     std::vector<RopeTable> ropes;
     std::vector<int> rope_of;  // by instruction, -1: none
     std::vector<Bias> biases;
+    std::vector<Alone> alone;  // by instruction
+    std::vector<const uint8_t*> starts;  // by thread and instruction: first weights read, or null
   };
   struct Rope {
     double base, scale;
@@ -148,6 +154,7 @@ class Machine {
   void load_ropes(Section& section);
   void load_biases(Section& section);
   void load_workers();
+  void load_schedule(Section& section);
   void reserve(const Section& section, const isa::Instruction& i);
   void bind_space(isa::Space space, const BatchSource::Rows& rows, const char* what);
   void bind_derived(const BatchSource& batch);
@@ -155,6 +162,7 @@ class Machine {
   void bind_pages(const BatchSource& batch);
   void bind_sampling(const BatchSource& batch);
   void extend_ropes();
+  void interpret(const Section& section, int64_t first, int64_t last, int thread, int64_t* stamps);
   void check_state(const Section& section, const isa::Instruction& i);
   void check_live(int section, int64_t first, int64_t last);
   int64_t rows_capacity(int32_t space) const;
@@ -178,6 +186,7 @@ class Machine {
   std::vector<Rope> ropes_;
   std::vector<std::vector<float>> bias_tables_;
   std::vector<Counter> counters_;
+  std::vector<std::atomic<int32_t>> merges_;
   std::vector<Sampler> samplers_;
   struct Private {
     Memory memory;

@@ -9,8 +9,7 @@ namespace lmclock {
 
 namespace {
 
-// Memory of Python arrays for the time of a call. Arrays are C-contiguous and of the right type:
-// native.py sees to it.
+// Memory of Python arrays for the time of a call.
 class Views {
  public:
   Views() = default;
@@ -19,6 +18,7 @@ class Views {
     for (Py_buffer& b : held_) PyBuffer_Release(&b);
   }
 
+  // The bytes of a C-contiguous array as Ts; nothing for None.
   template <class T>
   Span<T> get(nb::handle array) {
     if (!array.is_valid() || array.is_none()) return {};
@@ -30,10 +30,19 @@ class Views {
     return {static_cast<const T*>(b.buf), b.len / static_cast<Py_ssize_t>(sizeof(T))};
   }
 
-  BatchSource::Rows rows(nb::handle parts) {
-    if (parts.is_none()) return {};
-    nb::tuple t = nb::borrow<nb::tuple>(parts);
-    return {get<int32_t>(t[0]), get<int32_t>(t[1]), get<uint8_t>(t[2])};
+  // The same for elements of one type, a code of the struct module; size -1 where the array has
+  // another type or layout. Code 0: records of `size` bytes.
+  template <class T>
+  Span<T> get(nb::handle array, char code, Py_ssize_t size) {
+    Py_buffer& b = held_.emplace_back();
+    if (PyObject_GetBuffer(array.ptr(), &b, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) != 0) {
+      held_.pop_back();
+      PyErr_Clear();
+      return {nullptr, -1};
+    }
+    const bool same = b.itemsize == size && (!code || (b.format[0] == code && !b.format[1]));
+    if (!same) return {nullptr, -1};
+    return {static_cast<const T*>(b.buf), b.len / static_cast<Py_ssize_t>(sizeof(T))};
   }
 
  private:
@@ -83,50 +92,115 @@ void load(Machine& machine, nb::list weights, nb::list sections, nb::list states
   machine.load(source);
 }
 
-void bind(Machine& machine, nb::handle tok, nb::handle src, nb::handle inputs, nb::handle slots,
-          nb::handle pages, nb::handle lengths, nb::handle pick, nb::handle sampling,
-          nb::handle adjust) {
-  Views views;
-  BatchSource batch;
-  batch.tok = views.rows(tok);
-  batch.src = views.rows(src);
-  batch.inputs = each<Span<uint8_t>>(inputs, [&](nb::handle x) { return views.get<uint8_t>(x); });
-  batch.slots = views.get<int32_t>(slots);
-  batch.pages = each<std::vector<Span<int32_t>>>(pages, [&](nb::handle tables) {
-    return each<Span<int32_t>>(tables, [&](nb::handle x) { return views.get<int32_t>(x); });
-  });
-  batch.lengths = each<Span<int32_t>>(lengths, [&](nb::handle x) { return views.get<int32_t>(x); });
-  batch.pick = views.get<int32_t>(pick);
-  batch.sampling = views.get<uint8_t>(sampling);
-  batch.adjust = views.get<uint8_t>(adjust);
-  machine.bind(batch);
+// Attributes of Batch and Rows by interned names: looking them up is most of what bind does.
+struct Names {
+  PyObject *rows = name("rows"), *inputs = name("inputs"), *slots = name("slots"),
+           *pages = name("pages"), *lengths = name("lengths"), *pick = name("pick"),
+           *sampling = name("sampling"), *adjust = name("adjust"), *starts = name("starts"),
+           *positions = name("positions"), *valid = name("valid"), *tok = name("tok"),
+           *src = name("src");
+  static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+};
+
+// A batch as the machine takes it; `names` of inputs and paged states are those of the program.
+class BatchReader {
+ public:
+  BatchReader(const nb::handle& batch, const nb::list& inputs, const nb::list& states,
+              const nb::object& convert)
+      : batch_(batch), convert_(convert) {
+    static const Names names;
+    const nb::object rows = attribute(batch, names.rows);
+    source.tok = rows_of(item(rows, names.tok), names);
+    source.src = rows_of(item(rows, names.src), names);
+    const nb::object given = attribute(batch, names.inputs);
+    for (nb::handle input : inputs) {
+      const nb::tuple t = nb::borrow<nb::tuple>(input);  // (name, type code)
+      const char code = nb::cast<const char*>(t[1])[0];
+      source.inputs.push_back(array<uint8_t>(item(given, t[0].ptr()), code, 4));
+    }
+    source.slots = array<int32_t>(attribute(batch, names.slots), 'i', 4);
+    const nb::object pages = attribute(batch, names.pages);
+    const nb::object lengths = attribute(batch, names.lengths);
+    for (nb::handle state : states) {  // None for a fixed one
+      std::vector<Span<int32_t>>& tables = source.pages.emplace_back();
+      Span<int32_t>& length = source.lengths.emplace_back();
+      if (state.is_none()) continue;
+      if (const nb::handle list = item(pages, state.ptr()); list.is_valid())
+        for (nb::handle table : list) tables.push_back(array<int32_t>(table, 'i', 4));
+      if (const nb::handle x = item(lengths, state.ptr()); x.is_valid())
+        length = array<int32_t>(x, 'i', 4);
+    }
+    source.pick = array<int32_t>(attribute(batch, names.pick), 'i', 4);
+    source.sampling = array<uint8_t>(attribute(batch, names.sampling), 0, sizeof(isa::Sampling));
+    source.adjust = array<uint8_t>(attribute(batch, names.adjust), 0, sizeof(isa::Adjust));
+  }
+
+  BatchSource source;
+
+ private:
+  nb::object attribute(nb::handle object, PyObject* name) {
+    PyObject* found = PyObject_GetAttr(object.ptr(), name);
+    if (!found) throw nb::python_error();
+    kept_.push_back(nb::steal(found));
+    return kept_.back();
+  }
+
+  // An entry of a dict, or an invalid handle.
+  static nb::handle item(nb::handle dict, PyObject* key) {
+    PyObject* found = PyDict_GetItemWithError(dict.ptr(), key);
+    if (!found && PyErr_Occurred()) throw nb::python_error();
+    return found;
+  }
+
+  BatchSource::Rows rows_of(nb::handle rows, const Names& names) {
+    if (!rows.is_valid()) return {};
+    return {array<int32_t>(attribute(rows, names.starts), 'i', 4),
+            array<int32_t>(attribute(rows, names.positions), 'i', 4),
+            array<uint8_t>(attribute(rows, names.valid), '?', 1)};
+  }
+
+  // The elements of an array; one of another type or layout is converted. Code 0: records.
+  template <class T>
+  Span<T> array(nb::handle x, char code, Py_ssize_t size) {
+    if (!x.is_valid()) return {};
+    Span<T> found = views_.get<T>(x, code, size);
+    if (found.size < 0) {
+      kept_.push_back(convert_(x, std::string(code ? 1 : 0, code)));
+      found = views_.get<T>(kept_.back(), code, size);
+    }
+    require(found.size >= 0, "an array of the batch has elements of a wrong type");
+    return found;
+  }
+
+  nb::handle batch_;
+  nb::object convert_;
+  std::vector<nb::object> kept_;
+  Views views_;
+};
+
+void bind(Machine& machine, nb::handle batch, nb::list inputs, nb::list states,
+          nb::object convert) {
+  const BatchReader reader(batch, inputs, states, convert);
+  machine.bind(reader.source);
 }
 
-using Table = nb::ndarray<nb::numpy, int64_t, nb::ndim<3>>;
-
-// (begin, end, stamps, fault): stamps (instructions, threads, 2), fault None or (kind, instruction,
-// value, limit).
-nb::object run(Machine& machine, int section, int64_t first, int64_t last) {
-  const size_t n = static_cast<size_t>(last - first);
-  const size_t threads = static_cast<size_t>(machine.threads());
-  int64_t* stamps = new int64_t[2 * n * threads + 1]();
-  nb::capsule owner(stamps, [](void* p) noexcept { delete[] static_cast<int64_t*>(p); });
+// (begin, end, fault): the fault is None or (kind, instruction, value, limit). `table` is int64
+// (threads, instructions, 2): each thread writes one stretch of it.
+nb::tuple run(Machine& machine, int section, int64_t first, int64_t last, nb::handle table) {
+  Views views;
+  const Span<int64_t> stamps = views.get<int64_t>(table);
+  require(stamps.size == 2 * (last - first) * machine.threads(), "the table does not fit the run");
   int64_t begin, end;
   RunFault fault;
   {
     nb::gil_scoped_release unlocked;
     begin = ticks();
-    fault = machine.run(section, first, last, stamps);
+    fault = machine.run(section, first, last, const_cast<int64_t*>(stamps.data));
     end = ticks();
   }
-  // Each thread has written one stretch of its own; the view puts instructions first.
-  const int64_t per_thread = static_cast<int64_t>(2 * n);
-  const Table table(stamps, {n, threads, 2}, owner, {2, per_thread, 1});
-  nb::object what = nb::none();
-  if (fault.fault != Fault::none)
-    what = nb::make_tuple(static_cast<int>(fault.fault), fault.instruction, fault.value,
-                          fault.limit);
-  return nb::make_tuple(begin, end, table, what);
+  if (fault.fault == Fault::none) return nb::make_tuple(begin, end, nb::none());
+  return nb::make_tuple(begin, end, nb::make_tuple(static_cast<int>(fault.fault), fault.instruction,
+                                                   fault.value, fault.limit));
 }
 
 // The content of a value, or None when its buffer holds another.
@@ -189,8 +263,7 @@ void bind_machine(nb::module_& m) {
                             int opcode) { return Machine::has(find_path(path), opcode); },
                   nb::arg("path").none(), nb::arg("opcode"))
       .def("load", &load)
-      .def("bind", &bind, nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none())
+      .def("bind", &bind)
       .def("run", &run)
       .def("commit", &Machine::commit)
       .def("copy", [](Machine& machine, int state, nb::handle pairs) {

@@ -7,21 +7,23 @@ namespace lmclock::LMCLOCK_PATH {
 extern const Ops kOps;
 const Ops kOps = [] {
   Ops ops = {};
-  const auto set = [&](isa::Op op, OpFunction function) {
+  const auto set = [&](isa::Op op, OpFunction function, bool simple = false) {
     ops.run[static_cast<int>(op)] = function;
+    ops.simple[static_cast<int>(op)] = simple;
   };
-  set(isa::Op::embed, op_embed);
-  set(isa::Op::norm, op_norm);
+  ops.start = start_of;
+  set(isa::Op::embed, op_embed, true);
+  set(isa::Op::norm, op_norm, true);
   set(isa::Op::linear, op_linear);
-  set(isa::Op::rope, op_rope);
-  set(isa::Op::store, op_store);
+  set(isa::Op::rope, op_rope, true);
+  set(isa::Op::store, op_store, true);
   set(isa::Op::attend, op_attend);
-  set(isa::Op::act, op_act);
-  set(isa::Op::binary, op_binary);
-  set(isa::Op::pick, op_pick);
-  set(isa::Op::pool, op_pool);
-  set(isa::Op::softmax, op_softmax);
-  set(isa::Op::concat, op_concat);
+  set(isa::Op::act, op_act, true);
+  set(isa::Op::binary, op_binary, true);
+  set(isa::Op::pick, op_pick, true);
+  set(isa::Op::pool, op_pool, true);
+  set(isa::Op::softmax, op_softmax, true);
+  set(isa::Op::concat, op_concat, true);
   set(isa::Op::lstm, op_lstm);
   set(isa::Op::route, op_route);
   set(isa::Op::experts, op_experts);

@@ -54,6 +54,9 @@ struct Part {
 };
 void multiply(Frame& f, Worker& w, const Part* parts, int count, const Rows& x, int64_t rows);
 
+// The first weights that a thread reads of linear, qkv or glu with few rows.
+const uint8_t* start_of(const Frame& f, const isa::Instruction& i, int thread);
+
 // Softmax of a row, or its logarithm; y may be x.
 void softmax_row(const float* x, int64_t width, bool log, float* y);
 

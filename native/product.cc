@@ -38,6 +38,15 @@ int64_t panel_boundary(const Part* parts, int count, int t, int threads) {
   return panel;
 }
 
+const uint8_t* panel_at(const Part* parts, int count, int64_t panel) {
+  for (int n = 0; n < count; ++n) {
+    const Matrix& m = *parts[n].matrix;
+    if (panel < panels_of(m.outputs)) return m.data + panel * m.panel_stride;
+    panel -= panels_of(m.outputs);
+  }
+  return nullptr;
+}
+
 // Calls work(r0, r1, p0, p1) for this thread's shares of rows x panels; `first` and `last` are its
 // panels when there are few rows.
 template <class F>
@@ -185,6 +194,22 @@ void op_glu(Frame& f, const isa::Instruction& i, Worker& w) {
              [&](int64_t r0, int64_t r1, int64_t p0, int64_t p1) {
                f.kernels->glu(g, r0, r1, p0, p1);
              });
+}
+
+const uint8_t* start_of(const Frame& f, const isa::Instruction& i, int thread) {
+  int count = 0;
+  switch (static_cast<isa::Op>(i.op)) {
+    case isa::Op::linear: count = 1; break;
+    case isa::Op::qkv: count = 3; break;
+    case isa::Op::glu: {
+      const Matrix& gate = f.weights[i.weights[0]].matrix;
+      return gate.data + panels_of(gate.outputs) * thread / f.threads * gate.panel_stride;
+    }
+    default: return nullptr;
+  }
+  Part parts[3] = {};
+  for (int n = 0; n < count; ++n) parts[n].matrix = &f.weights[i.weights[n]].matrix;
+  return panel_at(parts, count, panel_boundary(parts, count, thread, f.threads));
 }
 
 }  // namespace lmclock::LMCLOCK_PATH

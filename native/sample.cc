@@ -7,25 +7,24 @@ namespace lmclock::LMCLOCK_PATH {
 
 namespace {
 
-// The largest of the logits, NaN when one of them is.
+// The largest of the logits, infinity when one of them is no number. Four maxima side by side,
+// since one would wait for the other.
 float scan_chunk(const float* x, int64_t count) {
-  f32x16 most = splat(-__builtin_inff()), bad = splat(0.0f);
-  const f32x16 nan = splat(__builtin_nanf(""));
-  for (int64_t k = 0; k < count; k += 16) {
-    f32x16 v = most;
-    if (count - k >= 16) {
-      v = load(x + k);
-    } else {
-      float lanes[16];
-      store(lanes, splat(x[k]));
-      std::memcpy(lanes, x + k, 4 * static_cast<size_t>(count - k));
-      v = load(lanes);
-    }
-    most = max(v, most);
-    bad = select(v == v, bad, nan);
+  f32x16 most[4];
+  unroll<4>([&](auto j) LM_LAMBDA { most[j] = splat(-__builtin_inff()); });
+  const f32x16 bad = splat(__builtin_inff());
+  const auto take = [&](f32x16& m, f32x16 v) LM_LAMBDA { m = max(select(v == v, v, bad), m); };
+  int64_t k = 0;
+  for (; k + 64 <= count; k += 64)
+    unroll<4>([&](auto j) LM_LAMBDA { take(most[j], load(x + k + 16 * j)); });
+  for (; k + 16 <= count; k += 16) take(most[0], load(x + k));
+  if (k < count) {
+    float lanes[16];
+    store(lanes, splat(x[k]));
+    store_n(lanes, load_n(x + k, static_cast<int>(count - k)), static_cast<int>(count - k));
+    take(most[0], load(lanes));
   }
-  const float sum = reduce_add(bad);
-  return sum == 0.0f ? reduce_max(most) : sum;
+  return reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
 }
 
 // e^y for y <= 0, to about 1 unit in the last place; the loop around it is vectorised.

@@ -113,17 +113,6 @@ void Team::wake(std::atomic<uint32_t>& word, uint32_t next) {
   if (sleepers_.load() != 0) unpark(word);
 }
 
-void Team::barrier() {
-  if (size_ == 1) return;
-  const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size_)) {
-    arrived_.store(0, std::memory_order_relaxed);
-    wake(phase_, phase + 1);
-  } else {
-    await(phase_, phase);
-  }
-}
-
 bool Team::start(Body body, void* context) {
   if (generation_ != forks.load(std::memory_order_relaxed)) return false;
   body_ = body;

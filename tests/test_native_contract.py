@@ -271,8 +271,10 @@ def test_ticks_cover_every_instruction_and_thread() -> None:
     stamps = ticks.table.transpose(1, 0, 2).reshape(2, -1)
     assert (np.diff(stamps, axis=1) >= 0).all(), "a thread's stamps ascend"
     assert before <= ticks.begin <= stamps.min() <= stamps.max() <= ticks.end <= after
-    # A barrier stands between instructions: nobody begins one before all have begun the last.
-    assert (ticks.table[1:, :, 0].min(axis=1) >= ticks.table[:-1, :, 0].max(axis=1)).all()
+    # Nobody begins an instruction that threads share before all have ended what is before it.
+    for n, i in enumerate(program.section("step").instructions[:7]):
+        if n and i.op in ("qkv", "glu", "linear", "attend"):
+            assert ticks.table[n, :, 0].min() >= ticks.table[:n, :, 1].max()
     assert machine.run("step", 7, 9).first == 7
     assert machine.traits.tick_source in ("tsc", "wall")
     assert machine.traits.tick_rate > 1e6

@@ -84,7 +84,7 @@ class NativeMachine(Machine):
              capacity.page_size),
         )  # fmt: skip
         self._paged = [s.name if s.kind != "fixed" else None for s in program.states]
-        self._inputs = [(i.name, np.int32 if i.ids else np.float32) for i in program.inputs]
+        self._inputs = [(i.name, "i" if i.ids else "f") for i in program.inputs]
 
     # --- cycles
 
@@ -94,19 +94,7 @@ class NativeMachine(Machine):
                 f"the batch has pages of {batch.page_size}, "
                 f"not of {self.capacity.page_size} positions"
             )
-        pages, lengths, inputs = batch.pages, batch.lengths, batch.inputs
-        rows = batch.rows
-        self._core.bind(
-            _rows(rows.get("tok")),
-            _rows(rows.get("src")),
-            [_array(inputs.get(name), kind) for name, kind in self._inputs],
-            _array(batch.slots),
-            [[_array(p) for p in pages.get(name, ())] if name else () for name in self._paged],
-            [_array(lengths.get(name)) if name else None for name in self._paged],
-            _array(batch.pick),
-            np.ascontiguousarray(batch.sampling) if len(batch.sampling) else None,
-            np.ascontiguousarray(batch.adjust) if len(batch.adjust) else None,
-        )
+        self._core.bind(batch, self._inputs, self._paged, np.ascontiguousarray)
 
     def run(self, section: str, first: int = 0, last: int | None = None) -> Ticks:
         number = self._sections.get(section)
@@ -120,8 +108,9 @@ class NativeMachine(Machine):
                 f"of section {section}"
             )
         self._last_section = section
+        table = np.zeros((self.traits.threads, last - first, 2), np.int64)
         try:
-            begin, end, table, fault = self._core.run(number, first, last)
+            begin, end, fault = self._core.run(number, first, last, table)
         except LookupError as error:
             name = self._names[section][error.args[0]]
             raise ProgramError(
@@ -130,7 +119,7 @@ class NativeMachine(Machine):
             ) from None
         if fault:
             self._raise(instructions[fault[1]], *fault)
-        return Ticks(begin, end, table, first)
+        return Ticks(begin, end, table.transpose(1, 0, 2), first)
 
     def commit(self) -> None:
         self._core.commit()
@@ -288,13 +277,6 @@ def _weight_arrays(program: Program, weights: Mapping[str, Tensor]) -> list[tupl
             content = np.ascontiguousarray(content, np.float32)
         arrays.append((w.name, code, *w.shape, data, content))
     return arrays
-
-
-def _rows(rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    if rows is None:
-        return None
-    valid = np.ascontiguousarray(rows.valid, np.bool_)
-    return _array(rows.starts), _array(rows.positions), valid
 
 
 def _array(x: Any, kind: Any = np.int32) -> Any:
