@@ -25,7 +25,7 @@ import numpy as np
 
 from lmclock import settings
 from lmclock.batch import Batch, Rows
-from lmclock.errors import OptionError
+from lmclock.errors import OptionError, choices
 from lmclock.hardware.limits import Limits, Measured
 from lmclock.listing import parse
 from lmclock.machines import Capacity, Machine, create
@@ -50,12 +50,10 @@ def calibrate(
 
     if not 1 <= repetitions <= 1000:
         raise OptionError(f"repetitions={repetitions} is out of range; valid: 1 to 1000")
-    count = threads or settings.threads()
-    path = path or settings.simd_path() or _native.simd_paths()[0]
+    count, path = _set_up(threads, path)
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
     sizes = [size for size in FOOTPRINTS if size <= room] or [FOOTPRINTS[0]]
     buffer = _huge_buffer(sizes[-1])
-    crew = _Crew(count)
     jobs: dict[int | str, Job] = {}
     for size in sizes:
         share = size // count // 64 * 64
@@ -64,14 +62,14 @@ def calibrate(
     for kind in KINDS:
         if _native.peak(kind, 1, path):
             jobs[kind] = _job(lambda t, n, kind=kind: _native.peak(kind, n, path))
-    scale = {name: crew.fit(job) for name, job in jobs.items()}
     samples: dict[int | str, list[float]] = {name: [] for name in jobs}
-    for number in range(repetitions):
-        if progress:
-            progress(f"round {number + 1} of {repetitions}")
-        for name, job in jobs.items():
-            samples[name].append(crew.rate(job(scale[name])))
-    crew.close()
+    with _Crew(count) as crew:
+        scale = {name: crew.fit(job) for name, job in jobs.items()}
+        for number in range(repetitions):
+            if progress:
+                progress(f"round {number + 1} of {repetitions}")
+            for name, job in jobs.items():
+                samples[name].append(crew.rate(job(scale[name])))
     measured = {name: _summary(rates) for name, rates in samples.items()}
     return Limits(
         threads=count,
@@ -82,6 +80,22 @@ def calibrate(
         peaks={kind: measured[kind] for kind in KINDS if kind in measured},
         step=_step(count, path, repetitions),
     )
+
+
+def _set_up(threads: int | None, path: str | None) -> tuple[int, str]:
+    """The threads and the SIMD path that are meant; OptionError for what is not to be had."""
+    import lmclock._native as _native
+
+    count = settings.threads() if threads is None else threads
+    if not 1 <= count <= 1024:
+        raise OptionError(f"threads={count} is no thread count; valid: 1 to 1024")
+    valid = _native.simd_paths()
+    path = path or settings.simd_path() or valid[0]
+    if path not in valid:
+        raise OptionError(
+            f"path={path!r} is not available on this processor; valid: {choices(valid)}"
+        )
+    return count, path
 
 
 def limits(
@@ -113,10 +127,7 @@ def save(found: Limits, file: Path) -> Limits:
 
 def cache_file(threads: int | None = None, path: str | None = None) -> Path:
     """Where the limits of this host are cached."""
-    import lmclock._native as _native
-
-    count = threads or settings.threads()
-    path = path or settings.simd_path() or _native.simd_paths()[0]
+    count, path = _set_up(threads, path)
     host = hashlib.sha256(f"{platform.node()} {processor()} {os.cpu_count()}".encode()).hexdigest()
     name = f"v{VERSION}-{host[:12]}-{path}-{count}.json"
     return settings.cache_folder() / "calibration" / name
@@ -155,13 +166,16 @@ def _job(work: Callable[..., int]) -> Job:
 
 
 class _Crew:
-    """Threads that start a piece of work together; the calling thread only times."""
+    """Threads that start a piece of work together; the calling thread only times.
+
+    They end with the `with` block, however it ends; what a piece of work raises, `rate` raises.
+    """
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
         self.start, self.done = threading.Barrier(threads + 1), threading.Barrier(threads + 1)
-        self.work: Work | None = None
+        self.work: Work
         self.stamps: list[tuple[int, int, int]] = []
+        self.errors: list[Exception] = []
         self.members = [
             threading.Thread(target=self._loop, args=(t,), daemon=True) for t in range(threads)
         ]
@@ -169,21 +183,25 @@ class _Crew:
             member.start()
 
     def _loop(self, thread: int) -> None:
-        while True:
-            self.start.wait()
-            work = self.work
-            if work is None:
-                return
-            begin = time.perf_counter_ns()
-            amount = work(thread)
-            self.stamps.append((begin, time.perf_counter_ns(), amount))
-            self.done.wait()
+        with suppress(threading.BrokenBarrierError):
+            while True:
+                self.start.wait()
+                begin = time.perf_counter_ns()
+                try:
+                    amount = self.work(thread)
+                except Exception as error:  # told to the caller, who would wait for ever otherwise
+                    self.errors.append(error)
+                    amount = 0
+                self.stamps.append((begin, time.perf_counter_ns(), amount))
+                self.done.wait()
 
     def rate(self, work: Work) -> float:
         """Amount per second of all threads together, from the first start to the last end."""
         self.work, self.stamps = work, []
         self.start.wait()
         self.done.wait()
+        if self.errors:
+            raise self.errors[0]
         spent = max(e for _, e, _ in self.stamps) - min(b for b, _, _ in self.stamps)
         return sum(amount for _, _, amount in self.stamps) * 1e9 / max(spent, 1)
 
@@ -198,9 +216,14 @@ class _Crew:
                 return max(1, round(passes * PIECE_NS / spent))
             passes *= 2
 
-    def close(self) -> None:
-        self.work = None
-        self.start.wait()
+    def __enter__(self) -> _Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.start.abort()
+        self.done.abort()
+        for member in self.members:
+            member.join()
 
 
 def idle_machine(threads: int, path: str | None = None, count: int = 256) -> Machine:
