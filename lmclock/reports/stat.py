@@ -54,7 +54,8 @@ def print_stat(report: dict[str, Any], console: Console, hottest: int = 10) -> N
         console.print(line, style=style, highlight=False, markup=False)
 
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
-    say(f" {report['program']} on {machine['name']}, {threads}, {limits['processor']}", "bold")
+    say(f" {report['program']} on {machine['name']}, {threads}", "bold")
+    say(f" {limits['processor']}")
     for kind in ORDER:
         if kind in report["kinds"]:
             say(f"\n {kind}", "bold")
@@ -67,7 +68,7 @@ def print_stat(report: dict[str, Any], console: Console, hottest: int = 10) -> N
     of = f"{limits['path']}, {limits['threads']} thread{'s' * (limits['threads'] != 1)}"
     say(f" limits of {limits['when']} ({of}), which vary by up to {percent(limits['spread'])}")
     if any(k["bound_spread"] > PAIRED for k in report["kinds"].values()):
-        say(f" a limit that varies by more than {percent(PAIRED)} compares runs side by side only")
+        say(f" (above {percent(PAIRED)}, compare runs side by side only; `calibrate` measures anew)")
 
 
 def _kind(k: dict[str, Any], hottest: int) -> list[str]:
