@@ -130,9 +130,6 @@ inline int64_t stamp() {
 #endif
 }
 
-// Lines of the next weights to ask for while waiting: what memory delivers within its latency.
-constexpr int64_t kAheadBytes = 2048;
-
 inline void ask_for(const void* data, int64_t bytes) {
   const char* p = static_cast<const char*>(data);
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
@@ -183,7 +180,7 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
     for (int64_t k = n + 1; k < next; ++k) at[2 * (k - n)] = at[2 * (k - n) + 1] = at[1];
     if (next < last) {
       ask_for(code + next, sizeof(isa::Instruction));
-      if (starts[next]) ask_for(starts[next], kAheadBytes);
+      if (starts[next]) ask_for(starts[next], kStreamAhead);
     }
     if (n + 1 == last) return;
     team_.barrier([&] { do_alone(n + 1, next); });

@@ -32,6 +32,14 @@ struct TileArgs {
 // layout: it does not depend on the number of rows.
 using Tile = void (*)(const TileArgs&);
 
+// Few rows read weights at the speed of memory: asks for what comes kStreamAhead later. Many rows
+// find a panel in cache, all but the first time.
+template <int T, int Bytes>
+LM_INLINE void ask_ahead(const uint8_t* w) {
+  if constexpr (T <= 4)
+    for (int at = 0; at < Bytes; at += 64) __builtin_prefetch(w + kStreamAhead + at, 0, 2);
+}
+
 constexpr int kTileSizes = sizeof(kTileRows) / sizeof(kTileRows[0]);
 struct Tiles {
   Tile by_rows[kTileSizes];  // as kTileRows
