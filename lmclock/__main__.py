@@ -1,5 +1,20 @@
-"""`python -m lmclock` is the `lmclock` command."""
+"""`python -m lmclock` is the `lmclock` command.
 
-from lmclock.cli import main
+Until a verb is loaded, Ctrl-C ends the process at once: Python's own handler would show whatever
+was being imported, and now and then go on.
+"""
 
-main()
+import signal
+
+
+def main() -> None:
+    """Entry point of the command."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from lmclock.cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

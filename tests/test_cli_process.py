@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +59,21 @@ def test_the_native_machine_says_what_the_reference_says(folder: Path) -> None:
     assert (done.code, done.err) == (0, "")
     line = "run tiny.gguf -p 'the clock' -n 8 --temp 0 -O1 -ctk f32 --machine array"
     assert process(line, folder).out == done.out
+
+
+def test_ctrl_c_while_importing_ends_at_once(folder: Path) -> None:
+    code = (
+        "import importlib, os, signal, sys, lmclock.__main__ as command\n"
+        "load = importlib.import_module\n"
+        "importlib.import_module = lambda n: os.kill(os.getpid(), signal.SIGINT) or load(n)\n"
+        "sys.argv = ['lmclock', 'disasm', 'tiny.gguf']\n"
+        "command.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment(folder), capture_output=True,
+        timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(folder: Path) -> None:

@@ -8,6 +8,7 @@ Ctrl-C exits with 130.
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from difflib import get_close_matches
 
@@ -38,6 +39,8 @@ class _Verbs(click.Group):
         if name not in VERBS:
             return None
         command: click.Command = importlib.import_module(f"lmclock.cli.{name}").command
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see __main__.py
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -66,7 +69,7 @@ def group() -> None:
 
 
 def main() -> None:
-    """Entry point of the `lmclock` command."""
+    """Run what the command line says, and exit."""
     try:
         code = group.main(prog_name="lmclock", standalone_mode=False)
     except click.exceptions.Abort:
