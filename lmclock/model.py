@@ -113,7 +113,7 @@ class Reply:
     """A finished continuation. `finish` is stop, length or cancelled.
 
     `cycles` are those that ran while it was generated, other sequences' rows included; each takes
-    some ten kilobytes for as long as the reply is kept.
+    ten to twenty kilobytes for as long as the reply is kept.
     """
 
     text: str
