@@ -68,7 +68,8 @@ def print_stat(report: dict[str, Any], console: Console, hottest: int = 10) -> N
     of = f"{limits['path']}, {limits['threads']} thread{'s' * (limits['threads'] != 1)}"
     say(f" limits of {limits['when']} ({of}), which vary by up to {percent(limits['spread'])}")
     if any(k["bound_spread"] > PAIRED for k in report["kinds"].values()):
-        say(f" (above {percent(PAIRED)}, compare runs side by side only; `calibrate` measures anew)")
+        limit = percent(PAIRED)
+        say(f" (above {limit}, compare runs side by side only; `calibrate` measures anew)")
 
 
 def _kind(k: dict[str, Any], hottest: int) -> list[str]:
