@@ -239,17 +239,6 @@ void pack_plain(const Frame& f, const Worker& w, const Plan& p) {
   }
 }
 
-// Calls visit(sequence, tile, head, running number of the tile) for all tiles.
-template <class F>
-LM_INLINE void for_tiles(const Frame& f, const Plan& p, F&& visit) {
-  int64_t number = 0;
-  for (int64_t n = 0; n < f.sequences; ++n) {
-    const Sequence s = sequence_of(p, n);
-    for (int64_t tile = 0; tile < s.tiles; ++tile)
-      for (int64_t h = 0; h < p.kv_heads; ++h) visit(s, tile, h, number++);
-  }
-}
-
 void finish_tile(const Plan& p, const Sequence& s, int64_t h, const Span& span, const Tile& t) {
   for (int q = 0; q < t.queries; ++q) {
     float* y = p.y->row(s.live[span.first + q / p.group]);
@@ -269,11 +258,43 @@ void whole_tile(const Frame& f, const isa::Instruction& i, const Worker& w, cons
   finish_tile(p, s, h, span, t);
 }
 
-// A block's keys, before anything else is done.
-void ask_for_keys(const Plan& p, const Sequence& s, int64_t h, int64_t position) {
+// Calls visit(sequence, tile, head, running number of the tile) for all tiles.
+template <class F>
+LM_INLINE void for_tiles(const Frame& f, const Plan& p, F&& visit) {
+  int64_t number = 0;
+  for (int64_t n = 0; n < f.sequences; ++n) {
+    const Sequence s = sequence_of(p, n);
+    for (int64_t tile = 0; tile < s.tiles; ++tile)
+      for (int64_t h = 0; h < p.kv_heads; ++h) visit(s, tile, h, number++);
+  }
+}
+
+// A block's keys, or `offset` bytes after them its values, before anything else is done.
+void ask_for_keys(const Plan& p, const Sequence& s, int64_t h, int64_t position,
+                  int64_t offset = 0) {
   const char* keys = static_cast<const char*>(keys_at(p, s, h, position));
   const int64_t bytes = keys ? int64_t{kGroups} * p.state->layout.group_bytes : 0;
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + at, 0, 3);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + offset + at, 0, 3);
+}
+
+struct Sizes {
+  int64_t tiles, blocks;
+  bool shared_out;  // blocks are, not tiles
+};
+
+Sizes sizes_of(const Frame& f, const Plan& p) {
+  Sizes n = {};
+  int64_t most = 0;
+  for_tiles(f, p, [&](const Sequence& s, int64_t tile, int64_t, int64_t) {
+    const Span span = span_of(p, s, tile);
+    ++n.tiles;
+    n.blocks += span.blocks_end - span.block;
+    most = larger(most, span.blocks_end - span.block);
+  });
+  const int64_t room = f.shared_floats - (p.partials - f.shared);
+  n.shared_out = f.threads > 1 && most * kTiles * f.threads > n.blocks &&
+                 n.blocks * p.partial_floats <= room && n.tiles <= kMerges;
+  return n;
 }
 
 // Tiles from the last rows to the first, whose blocks are fewer.
@@ -332,18 +353,28 @@ void op_attend(Frame& f, const isa::Instruction& i, Worker& w) {
     pack_plain(f, w, p);
     barrier(f);
   }
-  int64_t tiles = 0, blocks = 0, most = 0;
-  for_tiles(f, p, [&](const Sequence& s, int64_t tile, int64_t, int64_t) {
+  const Sizes n = sizes_of(f, p);
+  if (n.shared_out) attend_blocks(f, i, w, p, n.blocks);
+  else attend_tiles(f, i, w, p, n.tiles);
+}
+
+void ask_for_blocks(const Frame& f, const isa::Instruction& i, const Worker& w) {
+  if (i.state < 0) return;
+  const Plan p = plan_of(f, i);
+  const Sizes n = sizes_of(f, p);
+  if (!n.shared_out) return;
+  const Share mine = share(f, w, n.blocks);
+  int64_t before = 0;
+  for_tiles(f, p, [&](const Sequence& s, int64_t tile, int64_t h, int64_t) {
     const Span span = span_of(p, s, tile);
-    ++tiles;
-    blocks += span.blocks_end - span.block;
-    most = larger(most, span.blocks_end - span.block);
+    const int64_t next = before + span.blocks_end - span.block;
+    if (mine.first < mine.last && mine.first >= before && mine.first < next) {
+      const int64_t position = (span.block + mine.first - before) * kPositions;
+      ask_for_keys(p, s, h, position);
+      ask_for_keys(p, s, h, position, p.state->layout.values_at);
+    }
+    before = next;
   });
-  const int64_t room = f.shared_floats - (p.partials - f.shared);
-  const bool split = f.threads > 1 && most * kTiles * f.threads > blocks &&
-                     blocks * p.partial_floats <= room && tiles <= kMerges;
-  if (split) attend_blocks(f, i, w, p, blocks);
-  else attend_tiles(f, i, w, p, tiles);
 }
 
 }  // namespace lmclock::LMCLOCK_PATH

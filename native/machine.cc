@@ -183,7 +183,11 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
       if (starts[next]) ask_for(starts[next], kStreamAhead);
     }
     if (n + 1 == last) return;
-    team_.barrier([&] { do_alone(n + 1, next); });
+    team_.barrier([&] { do_alone(n + 1, next); },
+                  [&] {
+                    if (next < last && static_cast<isa::Op>(code[next].op) == isa::Op::attend)
+                      ops_->ask(frame_, code[next], worker);
+                  });
     n = next;
   }
 }

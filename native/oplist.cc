@@ -12,6 +12,7 @@ const Ops kOps = [] {
     ops.simple[static_cast<int>(op)] = simple;
   };
   ops.start = start_of;
+  ops.ask = ask_for_blocks;
   set(isa::Op::embed, op_embed, true);
   set(isa::Op::norm, op_norm, true);
   set(isa::Op::linear, op_linear);

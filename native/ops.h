@@ -62,6 +62,9 @@ void softmax_row(const float* x, int64_t width, bool log, float* y);
 
 GluKind glu_kind(int32_t kind);
 
+// Asks for the first block of keys and values that a thread reads, where blocks are shared out.
+void ask_for_blocks(const Frame& f, const isa::Instruction& i, const Worker& w);
+
 // The first n lanes, or all 16: f32 rows end where their width ends.
 LM_INLINE f32x16 load_part(const float* p, int64_t n) {
   return n >= 16 ? load(p) : load_n(p, static_cast<int>(n));

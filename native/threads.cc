@@ -82,9 +82,10 @@ void unpark(std::atomic<uint32_t>& word) {
 #endif
 }
 
-// Longer than the pause between two cycles (fetch and write back in Python), shorter than a
-// scheduler's time slice.
-constexpr int64_t kSpinNs = 200000;
+// Threads that have a processor each meet within microseconds. Later the one awaited may be waiting
+// for the very processor that spins, so it is offered; and after longer than the pause between two
+// cycles (fetch and write back in Python) the thread parks.
+constexpr int64_t kSpinNs = 5000, kYieldNs = 200000;
 
 }  // namespace
 
@@ -94,13 +95,16 @@ const TickSource& tick_source() {
 }
 
 void Team::await(const std::atomic<uint32_t>& word, uint32_t old) {
-  const int64_t limit = static_cast<int64_t>(kSpinNs * 1e-9 * tick_source().rate), begin = ticks();
-  do {
+  const double rate = 1e-9 * tick_source().rate;
+  const int64_t spin = static_cast<int64_t>(kSpinNs * rate), begin = ticks();
+  const int64_t yield = static_cast<int64_t>(kYieldNs * rate);
+  for (int64_t waited = 0; waited < yield; waited = ticks() - begin) {
     for (int i = 0; i < 16; ++i) {
       if (word.load(std::memory_order_acquire) != old) return;
       relax();
     }
-  } while (ticks() - begin < limit);
+    if (waited > spin) std::this_thread::yield();
+  }
   // Either the waker sees the sleeper, or the sleeper sees the new word: both sides are
   // sequentially consistent.
   sleepers_.fetch_add(1);

@@ -64,16 +64,19 @@ class Team {
 
   // Returns once every thread of the team has called it.
   void barrier() {
-    barrier([] {});
+    barrier([] {}, [] {});
   }
 
-  // The same; the last thread to come calls `alone` before any of them goes on.
-  template <class F>
-  void barrier(F&& alone) {
+  // The same; the last thread to come calls `alone` before any of them goes on, the others call
+  // `meanwhile` before they wait.
+  template <class F, class G>
+  void barrier(F&& alone, G&& meanwhile) {
     if (size_ == 1) return alone();
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 != static_cast<uint32_t>(size_))
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 != static_cast<uint32_t>(size_)) {
+      meanwhile();
       return await(phase_, phase);
+    }
     alone();
     arrived_.store(0, std::memory_order_relaxed);
     wake(phase_, phase + 1);
