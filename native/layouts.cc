@@ -67,6 +67,11 @@ uint64_t saved_state() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
+bool is_intel() {
+  const Registers r = cpuid(0);
+  return r.b == 0x756e6547 && r.d == 0x49656e69 && r.c == 0x6c65746e;  // "GenuineIntel"
+}
+
 bool has_avx2() {
   const Registers one = cpuid(1);
   return (saved_state() & 6) == 6 && bit(one.c, 12) && bit(one.c, 29) && bit(cpuid(7).b, 5);
@@ -79,6 +84,8 @@ bool has_avx512() {
     if (!bit(seven.b, static_cast<int>(n))) return false;
   return (saved_state() & 0xe6) == 0xe6 && has_avx2() && bit(seven.c, 11) && bit(cpuid(7, 1).a, 5);
 }
+#else
+bool is_intel() { return false; }
 #endif
 
 std::vector<const Kernels*> find_kernels() {
@@ -95,6 +102,8 @@ std::vector<const Kernels*> find_kernels() {
 }
 
 }  // namespace
+
+const int64_t stream_ahead = is_intel() ? kStreamAhead : 0;
 
 Layout layout_of(int format) {
   for (int i = 0; i < kLayouts; ++i)

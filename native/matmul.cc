@@ -38,8 +38,11 @@ struct Product {  // one weight matrix and the activations it meets
 // size = index into kTileRows
 void compute(const Product& p, int64_t panel, int64_t row, int size, float* out) {
   const TileArgs args = {p.w->data + panel * p.w->panel_stride,
-                         static_cast<const uint8_t*>(p.x->data) + row * p.x->stride, p.x->stride,
-                         p.w->width, out};
+                         static_cast<const uint8_t*>(p.x->data) + row * p.x->stride,
+                         p.x->stride,
+                         p.w->width,
+                         out,
+                         stream_ahead};
   if (p.tiles) return p.tiles->by_rows[size](args);
   tile_f32(p.w->layout, p.x->act, args, size);
 }

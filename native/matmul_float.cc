@@ -3,8 +3,8 @@
 // Per row and output: acc = fma(w, x, acc) over k in order; bf16 x bf16 goes by pairs of k
 // (dot_bf16).
 
-#include "layouts.h"
 #include "tables.h"
+#include "tile.h"
 
 namespace lmclock::LMCLOCK_PATH {
 
@@ -40,7 +40,7 @@ LM_INLINE void accumulate(const TileArgs& args) {
   int64_t k = 0;
   f32x16 wk[W::kStep];
   for (; k + W::kStep <= args.width; k += W::kStep, w += W::kBytes) {
-    ask_ahead<T, W::kBytes>(w);
+    prefetch<W::kBytes>(w, args.ahead);
     W::load_k(w, wk);
     unroll<W::kStep>([&](auto i) LM_LAMBDA {
       unroll<T>([&](auto t)
@@ -71,7 +71,7 @@ struct Bf16Pairs {
     const uint8_t* x = args.x;
     const uint8_t* end = args.panel + (args.width + 1) / 2 * 64;
     for (const uint8_t* w = args.panel; w < end; w += 64, x += 4) {
-      ask_ahead<T, 64>(w);
+      prefetch<64>(w, args.ahead);
       const i32x16 pair = load_i(w);
       unroll<T>([&](auto t) LM_LAMBDA { acc[t] = dot_bf16(acc[t], pair, x + t * args.x_stride); });
     }
@@ -96,7 +96,7 @@ void chunks_f32(Layout layout, Act act, const TileArgs& args) {
     for (int t = 0; t < T; ++t)
       activations_f32(act, args.x + t * args.x_stride, k0, n, x + t * kChunk);
     accumulate<F32, T>({reinterpret_cast<const uint8_t*>(w), reinterpret_cast<const uint8_t*>(x),
-                        4 * kChunk, n, args.out});
+                        4 * kChunk, n, args.out, 0});
   }
 }
 

@@ -4,6 +4,10 @@
 // call releases the GIL. `threads` splits the panels (1, 2, ... plain threads started for the
 // call).
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstring>
 #include <iterator>
 #include <thread>
@@ -12,10 +16,18 @@
 
 namespace lmclock {
 
+namespace {
+constexpr int64_t kHugePage = 2 << 20;
+}
+
 Buffer allocate(int64_t bytes) {
-  const size_t size = static_cast<size_t>((bytes + kAlign) / kAlign * kAlign);
-  Buffer buffer(static_cast<uint8_t*>(std::aligned_alloc(kAlign, size)));
+  const size_t alignment = bytes < kHugePage ? kAlign : kHugePage;
+  const size_t size = (static_cast<size_t>(bytes) + alignment) / alignment * alignment;
+  Buffer buffer(static_cast<uint8_t*>(std::aligned_alloc(alignment, size)));
   if (!buffer) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) madvise(buffer.get(), size, MADV_HUGEPAGE);  // advice: may fail
+#endif
   return buffer;
 }
 

@@ -1,7 +1,7 @@
 // Calibration kernels: what one thread can do at most, with the instructions the matmuls use.
 
-#include "simd.h"
 #include "tables.h"
+#include "tile.h"
 
 namespace lmclock::LMCLOCK_PATH {
 
@@ -85,11 +85,14 @@ int64_t stream(const uint8_t* data, int64_t bytes) {
   i32x16 sums[8];
   unroll<8>([&](auto i) LM_LAMBDA { sums[i] = splat_i(0); });
   int64_t at = 0;
-  for (; at + 512 <= bytes; at += 512)
+  const int64_t ahead = stream_ahead;
+  for (; at + 512 <= bytes; at += 512) {
+    prefetch<512>(data + at, ahead);
     unroll<8>([&](auto i) LM_LAMBDA {
       const i32x16 g[1] = {load_i(data + at + 64 * i)};
       sums[i] = dot<8, 1>(sums[i], g, kOperand);
     });
+  }
   use(sums);
   return at;
 }

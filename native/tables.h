@@ -25,20 +25,13 @@ struct TileArgs {
   const uint8_t* x;  // first row
   int64_t x_stride;  // bytes
   int64_t width;
-  float* out;  // [rows][16]
+  float* out;     // [rows][16]
+  int64_t ahead;  // stream_ahead
 };
 
 // Computes all of k for a fixed number of rows. The order of accumulation over k is part of the
 // layout: it does not depend on the number of rows.
 using Tile = void (*)(const TileArgs&);
-
-// Few rows read weights at the speed of memory: asks for what comes kStreamAhead later. Many rows
-// find a panel in cache, all but the first time.
-template <int T, int Bytes>
-LM_INLINE void ask_ahead(const uint8_t* w) {
-  if constexpr (T <= 4)
-    for (int at = 0; at < Bytes; at += 64) __builtin_prefetch(w + kStreamAhead + at, 0, 2);
-}
 
 constexpr int kTileSizes = sizeof(kTileRows) / sizeof(kTileRows[0]);
 struct Tiles {

@@ -50,6 +50,14 @@ struct RowSet {
   }
 };
 
+// Asks for the `Bytes` that lie `ahead` bytes after p, into the second-level cache.
+template <int Bytes>
+LM_INLINE void prefetch(const uint8_t* p, int64_t ahead) {
+  if (!ahead) return;
+  unroll<(Bytes + 63) / 64>([&](auto i)
+                                LM_LAMBDA { __builtin_prefetch(p + ahead + 64 * i, 0, 2); });
+}
+
 template <int T>
 LM_INLINE void clear(f32x16 (&acc)[T]) {
   unroll<T>([&](auto t) LM_LAMBDA { acc[t] = splat(0.0f); });
