@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
-from difflib import get_close_matches
 
 import click
 
@@ -55,6 +54,8 @@ class _Verbs(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
+            from difflib import get_close_matches
+
             close = get_close_matches(args[0], VERBS, 1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise click.UsageError(
