@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
 from bench import common, limit, overhead, products, quality
-from lmclock.cli.bench import Numbers, command
+from lmclock.cli import group
+from lmclock.cli.bench import Numbers
 from lmclock.errors import LmclockError, OptionError
 from lmclock.hardware.calibrate import cache_file, save
 from lmclock.hardware.limits import Limits, Measured
@@ -73,7 +74,7 @@ def calibrated(cache_folder: Path) -> Limits:
 
 
 def bench(*arguments: str) -> Result:
-    return CliRunner().invoke(command, [*arguments, "--machine", "array"])
+    return CliRunner().invoke(group, ["bench", *arguments, "--machine", "array"])
 
 
 def records(*arguments: str) -> list[dict[str, Any]]:
