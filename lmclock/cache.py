@@ -19,6 +19,7 @@ scheduler's choice.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -217,7 +218,7 @@ class Cache:
                 self.pool.forget(held.pages[first])
             held.pages += [self.pool.take() for _ in range(new)]
             held.table = np.array(held.pages, np.int32)
-        held.ready = length
+        held.ready = len(held.pages) * self.page_size if self.paged else sys.maxsize
         return True
 
     def commit(self, held: Held, tokens: Sequence[int], length: int) -> None:

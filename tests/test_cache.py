@@ -152,7 +152,7 @@ def test_a_refusal_changes_nothing() -> None:
     assert cache.open(list(range(20, 25))) is None
     assert cache.open([1], spare=1) is None
     assert not cache.reserve(held, 17)
-    assert held.ready == 9 and cache.room == 1
+    assert held.ready == 12 and cache.room == 1
     cache.check()
 
 

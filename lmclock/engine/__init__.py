@@ -153,7 +153,7 @@ class Engine:
         executed = now()
         sampled: list[int] = []
         if len(batch.pick) and self.facts.next is not None:
-            sampled = self.machine.read(self.facts.next).reshape(-1).tolist()
+            sampled = [token for (token,) in self.machine.read(self.facts.next).tolist()]
         self.machine.commit()
         outcome = write_back(plan, sampled, values, self.facts, self.cache)
         self._tell(outcome.events)
@@ -208,7 +208,8 @@ class Engine:
 
     def _copy(self) -> None:
         """Pages and slots that forks and snapshots need copied, in order."""
-        for kind, group in groupby(self.cache.take_copies(), key=lambda copy: copy[0]):
+        copies = self.cache.take_copies()
+        for kind, group in groupby(copies, key=lambda copy: copy[0]) if copies else ():
             pairs = [(source, target) for _, source, target in group]
             for state in self.facts.paged if kind == "paged" else self.facts.fixed:
                 self.machine.copy(state, pairs)

@@ -1,6 +1,8 @@
 """The decode stage: from the spans of a cycle to a `Batch` of positions, pages, ids and settings.
 
 Every array is new in each cycle or never changed, because the records of past cycles keep them.
+A cycle finds the caches of the processor full of weights, and then each array function costs tens
+of microseconds, not one: a decode cycle of one sequence takes slices of arrays made before.
 """
 
 from __future__ import annotations
@@ -26,10 +28,9 @@ class Decoder:
         self.facts, self.page_size = facts, page_size
         # Of decode cycles, by number of sequences: read-only, so that cycles can share them.
         self.starts = [np.arange(n + 1, dtype=np.int32) for n in range(limit + 1)]
+        self.all = [starts[:-1] for starts in self.starts]
         self.valid = [np.ones(n, bool) for n in range(limit + 1)]
-        self.own = [i for i in facts.inputs if i.name not in TOKENS + POSITIONS]
-        self.tokens = [i for i in facts.inputs if i.name in TOKENS]
-        self.positions = [i for i in facts.inputs if i.name in POSITIONS]
+        self.counting = np.arange(1024, dtype=np.int32)
 
     def decode(self, plan: Plan) -> Batch:
         """The batch of a plan with at least one span."""
@@ -60,11 +61,16 @@ class Decoder:
         )  # fmt: skip
 
     def _rows(self, spans: list[Span]) -> Rows:
-        n = len(spans)
-        if n < len(self.starts) and all(count == 1 for _, _, count in spans):
+        n, first = len(spans), spans[0][1]
+        if n == 1 and spans[0][2] == 1:
+            while first >= len(self.counting):
+                self.counting = np.arange(2 * len(self.counting), dtype=np.int32)
+            positions = self.counting[first : first + 1]
+        elif all(count == 1 for _, _, count in spans):
             positions = np.array([first for _, first, _ in spans], np.int32)
-            return Rows(self.starts[n], positions, self.valid[n])
-        return Rows.of([(first, count) for _, first, count in spans])
+        else:
+            return Rows.of([(first, count) for _, first, count in spans])
+        return Rows(self.starts[n], positions, self.valid[n])
 
     def _input(self, declared: Input, spans: list[Span], rows: Rows) -> np.ndarray:
         """(rows, width): token ids, positions, or what the requests brought."""
@@ -78,7 +84,7 @@ class Decoder:
             else:
                 for sequence, first, count in spans:
                     ids += sequence.request.source[first : first + count]
-            return np.array(ids, np.int32)[:, None]
+            return np.array([ids], np.int32).T
         parts = [_given(declared, *span) for span in spans]
         return np.concatenate(parts).astype(np.int32 if declared.ids else np.float32)
 
@@ -89,28 +95,31 @@ class Decoder:
         total = sum(plan.picks)
         if total == 0:
             return _NO_PICKS, _NO_SAMPLING, _NO_ADJUST
-        if total == len(rows):
-            pick = self.starts[total][:-1] if total < len(self.starts) else np.arange(total)
+        if total == len(rows) == len(plan.spans):
+            pick = self.all[total]
         else:
             ends = rows.starts[1:].tolist()
-            pick = np.concatenate(
-                [np.arange(end - n, end) for end, n in zip(ends, plan.picks, strict=True)]
-            )
-        sampling = np.empty(total, SAMPLING)
+            spans = [range(end - n, end) for end, n in zip(ends, plan.picks, strict=True)]
+            pick = np.array([row for span in spans for row in span], np.int32)
+        settings: list[np.ndarray] = []
         adjust: list[np.ndarray] = []
         at = 0
         for (sequence, _, _), picks in zip(plan.spans, plan.picks, strict=True):
             if not picks:
                 continue
             at += picks
-            if picks > 1:
-                sampling[at - picks : at - 1] = GREEDY
-            sequence.record["draw"] = len(sequence.tokens) - sequence.prompt_length
-            sampling[at - 1] = sequence.record[0]
+            settings += [GREEDY] * (picks - 1)
+            settings.append(sequence.settings.of_draw(sequence.new_tokens))
             if sequence.tally:
                 adjust.append(sequence.tally.of_row(at - 1))
-        joined = np.concatenate(adjust) if adjust else _NO_ADJUST
-        return pick.astype(np.int32, copy=False), sampling, joined
+        return pick, _joined(settings), np.concatenate(adjust) if adjust else _NO_ADJUST
+
+
+def _joined(settings: list[np.ndarray]) -> np.ndarray:
+    """The records one after the other; np.concatenate takes long over records."""
+    if len(settings) == 1:
+        return settings[0]
+    return np.frombuffer(b"".join([record.tobytes() for record in settings]), SAMPLING)
 
 
 def _given(declared: Input, sequence: Running, first: int, count: int) -> np.ndarray:

@@ -83,6 +83,10 @@ class Scheduler:
 
     def fetch(self) -> Plan:
         """The rows of the next cycle; none when nothing is left to run."""
+        if not self.suspects and not (self.waiting and self._may_run()):
+            decode = self._decode_only()
+            if decode:
+                return decode
         only = self._next_suspect()
         plan = Plan()
         due = [self._due(sequence) for sequence in self.running]
@@ -92,16 +96,8 @@ class Scheduler:
         at = 0
         while at < len(self.running):  # preemption shortens the list from its end
             sequence, count = self.running[at], due[at]
-            held = sequence.held
-            assert held is not None
-            ready = held.ready > held.length >= sequence.prompt_length
-            if only and sequence is not only:
-                pass
-            elif count == 1 and ready and not sequence.source_due:
-                # A decode row with room: most rows of most cycles, so without the calls below.
-                plan.spans.append((sequence, held.length, 1))
-                plan.picks.append(int(held.length + 1 == len(sequence.tokens)))
-            elif (count == 1 or left.rows) and self._make_room(sequence, count):
+            wanted = sequence is only or not only
+            if wanted and (count == 1 or left.rows) and self._make_room(sequence, count):
                 self._grant(plan, left, sequence, count)
             at += 1
         while self.waiting and left.rows and self._may_run() and not only:
@@ -114,6 +110,21 @@ class Scheduler:
                 left.rows -= 1
             self._grant(plan, left, sequence, count)
         return plan
+
+    def _decode_only(self) -> Plan | None:
+        """The plan when every running sequence has one new token and room for it, as in most
+        cycles.
+        """
+        spans: list[Span] = []
+        for sequence in self.running:
+            held = sequence.held
+            assert held is not None
+            first = held.length
+            new = sequence.prompt_length <= first == len(sequence.tokens) - 1
+            if not new or held.ready == first or sequence.source_due:
+                return None
+            spans.append((sequence, first, 1))
+        return Plan(spans, [1] * len(spans))
 
     def suspect(self, plan: Plan) -> None:
         """The machine failed on this plan: run each of its sequences alone, to find out whose

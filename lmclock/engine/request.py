@@ -12,7 +12,7 @@ import numpy as np
 
 from lmclock.cache import Cache, Held
 from lmclock.engine.facts import POSITIONS, TOKENS, Facts
-from lmclock.engine.sampling import Sampling, Tally
+from lmclock.engine.sampling import Sampling, Settings, Tally
 from lmclock.errors import ContextError, OptionError, UnsupportedError, choices
 from lmclock.machines import Capacity
 from lmclock.program import Program
@@ -77,8 +77,8 @@ class Running:
     to receivers: a sequence computed anew does not repeat them.
     """
 
-    __slots__ = ("delivered", "held", "id", "last", "prompt_length", "record", "request",
-                 "salt", "source_due", "stops", "tally", "tokens")  # fmt: skip
+    __slots__ = ("delivered", "held", "id", "last", "prompt_length", "request",
+                 "salt", "settings", "source_due", "stops", "tally", "tokens")  # fmt: skip
 
     def __init__(self, number: int, request: Request, last: int, eos: frozenset[int]) -> None:
         self.id = number
@@ -87,7 +87,7 @@ class Running:
         self.prompt_length = len(self.tokens)
         self.last = last  # length at which it is finished
         self.stops = request.stop_ids if request.ignore_eos else request.stop_ids | eos
-        self.record = request.sampling.record()
+        self.settings = Settings(request.sampling)
         adjusts = request.sampling.penalises or request.sampling.logit_bias
         self.tally = Tally(request.sampling, self.tokens) if adjusts else None
         # What the cached keys depend on besides the tokens belongs to the salt.
@@ -96,6 +96,11 @@ class Running:
         self.held: Held | None = None
         self.source_due = len(request.source)
         self.delivered = 0
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.tokens) - self.prompt_length
 
     @property
     def may_share(self) -> bool:

@@ -89,6 +89,32 @@ assert {f.name for f in fields(Sampling)} == {*_RANGES, "logit_bias"}
 GREEDY = Sampling().record()
 
 
+class Settings:
+    """The SAMPLING records of one sequence, made for many draws at once and never changed."""
+
+    COUNT = 64
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.greedy = sampling.temperature == 0
+        self.first = 0
+        self.records = np.repeat(sampling.record(), 1 if self.greedy else self.COUNT)
+        self._number()
+
+    def of_draw(self, draw: int) -> np.ndarray:
+        """(1,): the record for draw number `draw`; greedy ones are all alike."""
+        if self.greedy:
+            return self.records
+        at = draw % self.COUNT
+        if draw - at != self.first:
+            self.first = draw - at
+            self.records = self.records.copy()
+            self._number()
+        return self.records[at : at + 1]
+
+    def _number(self) -> None:
+        self.records["draw"] = np.arange(self.first, self.first + len(self.records))
+
+
 class Tally:
     """The ADJUST records of one sequence, kept up token by token: a slot per distinct id.
 
