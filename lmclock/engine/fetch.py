@@ -56,11 +56,8 @@ class Scheduler:
         self.running: list[Running] = []
         self.preemptions = 0
         self.suspects: list[int] = []
-        self._refused = (
-            -1,
-            0,
-            0,
-        )  # a sequence, the room and the number running when it had to wait
+        # the sequence that had to wait, and the room and number running when it had to
+        self._refused = (-1, 0, 0)
 
     def add(self, sequence: Running) -> None:
         """Take it into the order of arrival."""
