@@ -239,25 +239,6 @@ void pack_plain(const Frame& f, const Worker& w, const Plan& p) {
   }
 }
 
-void finish_tile(const Plan& p, const Sequence& s, int64_t h, const Span& span, const Tile& t) {
-  for (int q = 0; q < t.queries; ++q) {
-    float* y = p.y->row(s.live[span.first + q / p.group]);
-    finish_query(t, q, y + (h * p.group + q % p.group) * p.value);
-  }
-}
-
-void whole_tile(const Frame& f, const isa::Instruction& i, const Worker& w, const Plan& p,
-                const Sequence& s, int64_t tile, int64_t h) {
-  const Span span = span_of(p, s, tile);
-  Tile t;
-  fill_tile(f, i, p, s, h, span, w.tile, t);
-  for (int64_t n = span.block; n < span.blocks_end; ++n) {
-    attend_block(t, find_block(p, s, h, span, n, t), t.block);
-    merge_block(t, t.block);
-  }
-  finish_tile(p, s, h, span, t);
-}
-
 // Calls visit(sequence, tile, head, running number of the tile) for all tiles.
 template <class F>
 LM_INLINE void for_tiles(const Frame& f, const Plan& p, F&& visit) {
@@ -275,6 +256,26 @@ void ask_for_keys(const Plan& p, const Sequence& s, int64_t h, int64_t position,
   const char* keys = static_cast<const char*>(keys_at(p, s, h, position));
   const int64_t bytes = keys ? int64_t{kGroups} * p.state->layout.group_bytes : 0;
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + offset + at, 0, 3);
+}
+
+void finish_tile(const Plan& p, const Sequence& s, int64_t h, const Span& span, const Tile& t) {
+  for (int q = 0; q < t.queries; ++q) {
+    float* y = p.y->row(s.live[span.first + q / p.group]);
+    finish_query(t, q, y + (h * p.group + q % p.group) * p.value);
+  }
+}
+
+void whole_tile(const Frame& f, const isa::Instruction& i, const Worker& w, const Plan& p,
+                const Sequence& s, int64_t tile, int64_t h) {
+  const Span span = span_of(p, s, tile);
+  Tile t;
+  ask_for_keys(p, s, h, span.block * kPositions);
+  fill_tile(f, i, p, s, h, span, w.tile, t);
+  for (int64_t n = span.block; n < span.blocks_end; ++n) {
+    attend_block(t, find_block(p, s, h, span, n, t), t.block);
+    merge_block(t, t.block);
+  }
+  finish_tile(p, s, h, span, t);
 }
 
 struct Sizes {

@@ -77,7 +77,7 @@ void Machine::load(const ProgramSource& source) {
     for (const isa::Instruction& i : section.code) reserve(section, i);
   }
   load_workers();
-  for (Section& section : sections_) load_schedule(section);
+  for (size_t n = 0; n < sections_.size(); ++n) load_schedule(static_cast<int>(n));
 }
 
 void Machine::load_values(const ProgramSource& source) {
@@ -184,20 +184,51 @@ void Machine::load_biases(Section& section) {
 // Elements of a row below which meeting at a barrier costs more than doing all of them.
 constexpr int64_t kAloneElements = 4096;
 
-void Machine::load_schedule(Section& section) {
+void Machine::load_schedule(int number) {
+  Section& s = sections_[static_cast<size_t>(number)];
   frame_.weights = weights_.data();
-  section.alone.clear();
-  section.starts.clear();
-  for (const isa::Instruction& i : section.code) {
-    const Value& x = section.values[static_cast<size_t>(i.ins[0])];
-    const Value& y = i.outs[0] < 0 ? x : section.values[static_cast<size_t>(i.outs[0])];
-    const int64_t width = std::max(x.width, y.width);
-    const bool simple = ops_->simple[i.op];
-    section.alone.push_back({x.space, simple ? static_cast<int32_t>(kAloneElements / width) : -1});
+  for (const isa::Instruction& i : s.code) {
+    const Value& x = s.values[static_cast<size_t>(i.ins[0])];
+    const Value& y = i.outs[0] < 0 ? x : s.values[static_cast<size_t>(i.outs[0])];
+    const int32_t rows = static_cast<int32_t>(kAloneElements / std::max(x.width, y.width));
+    s.alone.push_back({x.space, ops_->simple[i.op] ? rows : -1});
   }
   for (int thread = 0; thread < team_.size(); ++thread)
-    for (const isa::Instruction& i : section.code)
-      section.starts.push_back(ops_->start(frame_, i, thread));
+    for (const isa::Instruction& i : s.code) s.starts.push_back(ops_->start(frame_, i, thread));
+  find_whole(number);
+}
+
+// What a run of the whole section needs and leaves; see Section.
+void Machine::find_whole(int number) {
+  Section& s = sections_[static_cast<size_t>(number)];
+  std::vector<int64_t> held(holder_.size(), -1);
+  std::vector<std::pair<int32_t, int32_t>> seen;  // declared state, row space
+  s.whole = true;
+  for (size_t n = 0; n < s.code.size(); ++n) {
+    const isa::Instruction& i = s.code[n];
+    const auto value = [&](int32_t v) -> const Value& { return s.values[static_cast<size_t>(v)]; };
+    for (int32_t v : {i.ins[0], i.ins[1], i.ins[2], i.add}) {
+      if (v < 0) continue;
+      if (v >= inputs_) {
+        s.whole &= held[static_cast<size_t>(value(v).slot)] == holder_of(number, v);
+      } else if (std::find(s.needs.begin(), s.needs.end(), v) == s.needs.end()) {
+        s.needs.push_back(v);
+      }
+    }
+    for (int32_t v : i.outs)
+      if (v >= 0) held[static_cast<size_t>(value(v).slot)] = holder_of(number, v);
+    s.samples |= static_cast<Op>(i.op) == Op::sample;
+    if (i.state < 0) continue;
+    const int32_t declared = states_[static_cast<size_t>(i.state)].declared;
+    // A store is checked for frozen states too, so it stands for an attend, not the other way.
+    const bool stores = static_cast<Op>(i.op) == Op::store;
+    const std::pair<int32_t, int32_t> use = {2 * declared + stores, value(i.ins[0]).space};
+    if (std::find(seen.begin(), seen.end(), use) != seen.end()) continue;
+    seen.push_back(use);
+    s.state_uses.push_back(static_cast<int32_t>(n));
+  }
+  for (size_t slot = 0; slot < held.size(); ++slot)
+    if (held[slot] >= 0) s.holds.push_back({static_cast<int32_t>(slot), held[slot]});
 }
 
 // Raises `need_` to what instruction i may ask for.

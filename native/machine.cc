@@ -72,17 +72,14 @@ bool Machine::has(const Kernels& kernels, int opcode) {
   return opcode >= 0 && opcode < kOpcodes && ops_of(kernels)->run[opcode] != nullptr;
 }
 
-// Pages for every position that the rows of a state's instructions reach.
+// Pages for every position that the rows of a state's instruction reach.
 void Machine::check_state(const Section& s, const isa::Instruction& i) {
   const State& state = states_[static_cast<size_t>(i.state)];
   const StateGroup& group = groups_[static_cast<size_t>(state.declared)];
   const bool stores = static_cast<isa::Op>(i.op) == isa::Op::store;
   if (group.source.kind == kFixed || (state.frozen && !stores)) return;
-  const int32_t space = s.values[static_cast<size_t>(i.ins[0])].space;
-  const SpaceRows& rows = frame_.rows[space];
+  const SpaceRows& rows = frame_.rows[s.values[static_cast<size_t>(i.ins[0])].space];
   const PageTable& table = frame_.tables[state.declared];
-  if (checked_[static_cast<size_t>(state.declared)] & (1 << space)) return;
-  checked_[static_cast<size_t>(state.declared)] |= static_cast<uint8_t>(1 << space);
   for (int64_t q = 0; q < frame_.sequences && rows.live_starts; ++q) {
     const int32_t end = rows.live_starts[q + 1];
     if (end == rows.live_starts[q]) continue;
@@ -96,28 +93,41 @@ void Machine::check_state(const Section& s, const isa::Instruction& i) {
   }
 }
 
+namespace {
+
+const Failure kNoSampling = {"ProgramError",
+                             "the batch brings no sampling settings for its picked rows"};
+
+}  // namespace
+
 // Every value that instructions first .. last - 1 read must be in its buffer when its turn comes.
-void Machine::check_live(int section, int64_t first, int64_t last) {
+void Machine::check_span(int section, int64_t first, int64_t last) {
   const Section& s = sections_[static_cast<size_t>(section)];
   held_ = holder_;
-  checked_.assign(groups_.size(), 0);
-  const auto id = [&](int32_t value) {
-    return value < inputs_ ? value : (int64_t{section} + 1) << 32 | value;
-  };
   for (int64_t n = first; n < last; ++n) {
     const isa::Instruction& i = s.code[static_cast<size_t>(n)];
     if (i.state >= 0) check_state(s, i);
-    if (static_cast<isa::Op>(i.op) == isa::Op::sample && !samples_given_)
-      throw Failure{"ProgramError", "the batch brings no sampling settings for its picked rows"};
+    if (static_cast<isa::Op>(i.op) == isa::Op::sample && !samples_given_) throw kNoSampling;
     const auto holder = [&](int32_t value) -> int64_t& {
       return held_[static_cast<size_t>(s.values[static_cast<size_t>(value)].slot)];
     };
     for (int32_t value : {i.ins[0], i.ins[1], i.ins[2], i.add})
-      if (value >= 0 && holder(value) != id(value)) throw NotLive{value};
+      if (value >= 0 && holder(value) != holder_of(section, value)) throw NotLive{value};
     for (int32_t value : i.outs)
-      if (value >= 0) holder(value) = id(value);
+      if (value >= 0) holder(value) = holder_of(section, value);
   }
   holder_.swap(held_);
+}
+
+// The same for all instructions, by what load has found out: every cycle asks for this.
+void Machine::check_whole(int section) {
+  const Section& s = sections_[static_cast<size_t>(section)];
+  for (int32_t value : s.needs)
+    if (holder_[static_cast<size_t>(s.values[static_cast<size_t>(value)].slot)] != value)
+      throw NotLive{value};
+  for (int32_t n : s.state_uses) check_state(s, s.code[static_cast<size_t>(n)]);
+  if (s.samples && !samples_given_) throw kNoSampling;
+  for (const auto& [slot, holder] : s.holds) holder_[static_cast<size_t>(slot)] = holder;
 }
 
 namespace {
@@ -195,7 +205,9 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
 RunFault Machine::run(int section, int64_t first, int64_t last, int64_t* stamps) {
   if (!bound_) throw Failure{"ProgramError", "no batch is bound"};
   Section& s = sections_[static_cast<size_t>(section)];
-  check_live(section, first, last);
+  const int64_t size = static_cast<int64_t>(s.code.size());
+  if (first == 0 && last == size && s.whole) check_whole(section);
+  else check_span(section, first, last);
   frame_.program = s.code.data();
   frame_.values = s.values.data();
   frame_.weights = weights_.data();
@@ -204,12 +216,18 @@ RunFault Machine::run(int section, int64_t first, int64_t last, int64_t* stamps)
   frame_.biases = s.biases.data();
   fault_.set.store(0);
   fault_.fault = Fault::none;
+  const size_t count = static_cast<size_t>(last - first), threads = workers_.size();
+  for (Private& own : workers_) own.stamps.resize(2 * count);
   const bool there = team_.run([&](int thread) {
-    interpret(s, first, last, thread, stamps + 2 * (last - first) * thread);
+    interpret(s, first, last, thread, workers_[static_cast<size_t>(thread)].stamps.data());
   });
   if (!there)
     throw Failure{"LmclockError",
                   "this machine belongs to the process before fork; make a new one"};
+  for (size_t t = 0; t < threads; ++t)
+    for (size_t n = 0; n < count; ++n)
+      for (size_t k = 0; k < 2; ++k)
+        stamps[2 * (n * threads + t) + k] = workers_[t].stamps[2 * n + k];
   return {fault_.fault, fault_.fault == Fault::none ? 0 : fault_.at - s.code.data(), fault_.value,
           fault_.limit};
 }
@@ -256,8 +274,7 @@ void Machine::copy(int state, const int32_t* pairs, int64_t count) {
 Machine::View Machine::view(int section, int value) const {
   if (!bound_) return {};
   const Value& v = sections_[static_cast<size_t>(section)].values[static_cast<size_t>(value)];
-  const int64_t id = value < inputs_ ? value : (int64_t{section} + 1) << 32 | value;
-  if (holder_[static_cast<size_t>(v.slot)] != id) return {};
+  if (holder_[static_cast<size_t>(v.slot)] != holder_of(section, value)) return {};
   return {v.data, frame_.rows[v.space].count, v.width, v.stride, v.ids};
 }
 

@@ -104,7 +104,7 @@ class Machine {
 
   void load(const ProgramSource& source);  // Failure names a tensor whose scales are not finite
   void bind(const BatchSource& batch);
-  // Stamps: [thread][instruction][begin, end] for instructions first .. last - 1.
+  // Stamps: [instruction][thread][begin, end] for instructions first .. last - 1.
   RunFault run(int section, int64_t first, int64_t last, int64_t* stamps);
   void commit();
   void copy(int state, const int32_t* pairs, int64_t count);
@@ -130,6 +130,12 @@ class Machine {
     std::vector<Bias> biases;
     std::vector<Alone> alone;  // by instruction
     std::vector<const uint8_t*> starts;  // by thread and instruction: first weights read, or null
+    // A run of all instructions: what must be there before, and what the buffers hold after.
+    bool whole = false;  // no instruction reads a value whose buffer another one has taken
+    bool samples = false;
+    std::vector<int32_t> needs;      // inputs
+    std::vector<int32_t> state_uses; // instructions, one for each declared state and row space
+    std::vector<std::pair<int32_t, int64_t>> holds;  // slot, holder
   };
   struct Rope {
     double base, scale;
@@ -154,7 +160,8 @@ class Machine {
   void load_ropes(Section& section);
   void load_biases(Section& section);
   void load_workers();
-  void load_schedule(Section& section);
+  void load_schedule(int number);
+  void find_whole(int number);
   void reserve(const Section& section, const isa::Instruction& i);
   void bind_space(isa::Space space, const BatchSource::Rows& rows, const char* what);
   void bind_derived(const BatchSource& batch);
@@ -164,7 +171,12 @@ class Machine {
   void extend_ropes();
   void interpret(const Section& section, int64_t first, int64_t last, int thread, int64_t* stamps);
   void check_state(const Section& section, const isa::Instruction& i);
-  void check_live(int section, int64_t first, int64_t last);
+  // What `value` of a section is called in holder_.
+  int64_t holder_of(int section, int32_t value) const {
+    return value < inputs_ ? value : (int64_t{section} + 1) << 32 | value;
+  }
+  void check_span(int section, int64_t first, int64_t last);
+  void check_whole(int section);
   int64_t rows_capacity(int32_t space) const;
   // Sequences that read no fixed state need no slot of their own.
   int64_t sequences_capacity() const { return std::max(capacity_.rows, capacity_.slots); }
@@ -191,6 +203,7 @@ class Machine {
   struct Private {
     Memory memory;
     Worker worker;
+    std::vector<int64_t> stamps;  // begin and end of each instruction of the run
   };
   std::vector<Private> workers_;
   int64_t inputs_ = 0;
@@ -202,7 +215,6 @@ class Machine {
   SpaceMemory spaces_[4];
   std::vector<int32_t> slots_, pick_, page_numbers_, page_starts_, lengths_;
   std::vector<size_t> table_firsts_;
-  std::vector<uint8_t> checked_;  // by state declaration: spaces whose pages suffice
   std::vector<PageTable> tables_;
   std::vector<isa::Sampling> sampling_;
   std::vector<isa::Adjust> adjust_;

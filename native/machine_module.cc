@@ -185,7 +185,7 @@ void bind(Machine& machine, nb::handle batch, nb::list inputs, nb::list states,
 }
 
 // (begin, end, fault): the fault is None or (kind, instruction, value, limit). `table` is int64
-// (threads, instructions, 2): each thread writes one stretch of it.
+// (instructions, threads, 2).
 nb::tuple run(Machine& machine, int section, int64_t first, int64_t last, nb::handle table) {
   Views views;
   const Span<int64_t> stamps = views.get<int64_t>(table);

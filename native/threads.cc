@@ -82,10 +82,11 @@ void unpark(std::atomic<uint32_t>& word) {
 #endif
 }
 
-// Threads that have a processor each meet within microseconds. Later the one awaited may be waiting
-// for the very processor that spins, so it is offered; and after longer than the pause between two
-// cycles (fetch and write back in Python) the thread parks.
-constexpr int64_t kSpinNs = 5000, kYieldNs = 200000;
+// How long a thread spins before it parks. At a barrier: threads that have a processor each meet
+// within microseconds; later the one awaited may be waiting for the very processor that spins.
+// (Yielding instead of parking goes to the end of the queue, which on a busy machine took 30 times
+// as long.) Between runs: longer than fetch and write back in Python take.
+constexpr int64_t kBarrierNs = 50000, kIdleNs = 300000;
 
 }  // namespace
 
@@ -94,17 +95,15 @@ const TickSource& tick_source() {
   return source;
 }
 
-void Team::await(const std::atomic<uint32_t>& word, uint32_t old) {
+void Team::await(const std::atomic<uint32_t>& word, uint32_t old, int64_t spin_ns) {
   const double rate = 1e-9 * tick_source().rate;
-  const int64_t spin = static_cast<int64_t>(kSpinNs * rate), begin = ticks();
-  const int64_t yield = static_cast<int64_t>(kYieldNs * rate);
-  for (int64_t waited = 0; waited < yield; waited = ticks() - begin) {
+  const int64_t limit = static_cast<int64_t>(static_cast<double>(spin_ns) * rate), begin = ticks();
+  do {
     for (int i = 0; i < 16; ++i) {
       if (word.load(std::memory_order_acquire) != old) return;
       relax();
     }
-    if (waited > spin) std::this_thread::yield();
-  }
+  } while (ticks() - begin < limit);
   // Either the waker sees the sleeper, or the sleeper sees the new word: both sides are
   // sequentially consistent.
   sleepers_.fetch_add(1);
@@ -116,6 +115,8 @@ void Team::wake(std::atomic<uint32_t>& word, uint32_t next) {
   word.store(next);
   if (sleepers_.load() != 0) unpark(word);
 }
+
+void Team::await_phase(uint32_t phase) { await(phase_, phase, kBarrierNs); }
 
 bool Team::start(Body body, void* context) {
   if (generation_ != forks.load(std::memory_order_relaxed)) return false;
@@ -129,7 +130,7 @@ bool Team::start(Body body, void* context) {
 
 void Team::work(int thread) {
   for (uint32_t job = 0;; ++job) {
-    await(job_, job);
+    await(job_, job, kIdleNs);
     if (stop_) return;
     body_(context_, thread);
     barrier();

@@ -75,7 +75,7 @@ class Team {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 != static_cast<uint32_t>(size_)) {
       meanwhile();
-      return await(phase_, phase);
+      return await_phase(phase);
     }
     alone();
     arrived_.store(0, std::memory_order_relaxed);
@@ -86,7 +86,8 @@ class Team {
   using Body = void (*)(void*, int);
   bool start(Body body, void* context);
   void work(int thread);
-  void await(const std::atomic<uint32_t>& word, uint32_t old);
+  void await(const std::atomic<uint32_t>& word, uint32_t old, int64_t spin_ns);
+  void await_phase(uint32_t phase);
   void wake(std::atomic<uint32_t>& word, uint32_t next);
 
   const int size_;

@@ -108,7 +108,7 @@ class NativeMachine(Machine):
                 f"of section {section}"
             )
         self._last_section = section
-        table = np.zeros((self.traits.threads, last - first, 2), np.int64)
+        table = np.empty((last - first, self.traits.threads, 2), np.int64)
         try:
             begin, end, fault = self._core.run(number, first, last, table)
         except LookupError as error:
@@ -119,7 +119,7 @@ class NativeMachine(Machine):
             ) from None
         if fault:
             self._raise(instructions[fault[1]], *fault)
-        return Ticks(begin, end, table.transpose(1, 0, 2), first)
+        return Ticks(begin, end, table, first)
 
     def commit(self) -> None:
         self._core.commit()
