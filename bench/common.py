@@ -78,7 +78,7 @@ class Worker:
         if line:
             return dict(json.loads(line))
         self.errors.seek(0)
-        raise RuntimeError(f"worker {self.process.args!r} died:\n{self.errors.read()[-4000:]}")
+        raise RuntimeError(f"worker {self.process.args!r} ended with {self.process.wait()}:\n{self.errors.read()[-4000:]}")
 
     def close(self) -> None:
         assert self.process.stdin
@@ -107,13 +107,15 @@ def serve(make: Callable[[], tuple[Mapping[str, Any], Mapping[str, Job]]]) -> No
         answer(value=jobs[line.strip()]())
 
 
-def start(module: str, names: Iterable[str], threads: int) -> tuple[dict[str, Worker], list[str]]:
+def start(
+    module: str, names: Iterable[str], *arguments: str, threads: int
+) -> tuple[dict[str, Worker], list[str]]:
     """(workers by name, a sentence for each that could not start)."""
     workers: dict[str, Worker] = {}
     skipped: list[str] = []
     for name in names:
         try:
-            workers[name] = Worker(module, name, threads=threads)
+            workers[name] = Worker(module, name, *arguments, threads=threads)
         except Skipped as reason:
             skipped.append(f"{name} was skipped: {reason}.")
     return workers, skipped

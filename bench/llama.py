@@ -19,7 +19,11 @@ class Llama:
     def __init__(self, path: str, threads: int, flash: bool, context: int, batch: int) -> None:
         c.llama_log_set(_QUIET, ctypes.c_void_p(0))
         c.llama_backend_init()
-        self.model = c.llama_model_load_from_file(path.encode(), c.llama_model_default_params())
+        loading = c.llama_model_default_params()
+        # Its AMX buffers crash llama_decode on the processor these figures come from (0.3.36 built
+        # by GCC 12, Q4_1); without them it runs its AVX-512 VNNI kernels.
+        loading.use_extra_bufts = False
+        self.model = c.llama_model_load_from_file(path.encode(), loading)
         assert self.model, f"llama.cpp cannot load {path}"
         options = c.llama_context_default_params()
         options.n_ctx = context

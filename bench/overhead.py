@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def build(name: str) -> Path:
         *(f"-DLMCLOCK_CLOCK={BUILDS[name]}", "-DSKBUILD=ON"),
         *(f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}", f"-DPython_EXECUTABLE={sys.executable}"),
     ]
-    for arguments in (configure, ["--build", str(folder)]):
+    for arguments in (configure, ["--build", str(folder), "--parallel", str(os.cpu_count())]):
         subprocess.run([str(tools / "cmake"), *arguments], check=True, stdout=sys.stderr)
     (found,) = folder.glob("_native*" + importlib.machinery.EXTENSION_SUFFIXES[0])
     return found

@@ -35,7 +35,9 @@ REPEAT = 20  # of a stream or a peak, some milliseconds each
 
 def products_only(program: Program) -> Program:
     """The products of `step` on constant inputs `x<width>`; rows that are picked stay so."""
-    types, inputs, body = program.types("step"), {}, []
+    types = program.types("step")
+    inputs: dict[str, Input] = {}
+    body: list[Instruction] = []
     for i in program.section("step").instructions:
         if i.op not in PRODUCTS:
             continue
@@ -54,16 +56,17 @@ def products_only(program: Program) -> Program:
         program, inputs=tuple(inputs.values()), weights=weights, states=(), sections=(section,),
         registers=(),
     )  # fmt: skip
-    return replace(verify(bare), registers=_shared(body))
+    return replace(verify(bare), registers=_shared(bare))
 
 
-def _shared(body: list[Instruction]) -> tuple[tuple[str, int], ...]:
-    """Registers: one per opcode and output, since nothing reads a result. Picks keep their own."""
-    numbers: dict[tuple[str, int], int] = {}
+def _shared(program: Program) -> tuple[tuple[str, int], ...]:
+    """Registers: nothing reads a product, so one serves all of an opcode, an output and a space."""
+    types = program.types("step")
+    numbers: dict[tuple[str, int, str], int] = {}
     found = []
-    for i in body:
+    for i in program.section("step").instructions:
         for n, name in enumerate(i.outs):
-            key = (name, n) if i.op == "pick" else (i.op, n)
+            key = (i.op, n, types[name].space)
             found.append((name, numbers.setdefault(key, len(numbers))))
     return tuple(found)
 
