@@ -41,9 +41,7 @@ LM_INLINE constexpr void unroll(F&& f) {
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
-#elif defined(__ARM_NEON)
-#include "simd_neon.h"
-#else
+#else  // scalar, and neon: plain loops over 16 lanes, which the compiler turns into NEON as it can
 #include "simd_scalar.h"
 #endif
 
