@@ -78,7 +78,8 @@ class Worker:
         if line:
             return dict(json.loads(line))
         self.errors.seek(0)
-        raise RuntimeError(f"worker {self.process.args!r} ended with {self.process.wait()}:\n{self.errors.read()[-4000:]}")
+        said, code = self.errors.read()[-4000:], self.process.wait()
+        raise RuntimeError(f"worker {self.process.args!r} ended with {code}:\n{said}")
 
     def close(self) -> None:
         assert self.process.stdin
