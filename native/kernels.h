@@ -23,10 +23,11 @@ constexpr int64_t kPanel = 16;  // output rows of one panel
 constexpr int64_t kAlign = 64;  // alignment of packed weights and of activation records, bytes
 // How far ahead of its use streamed memory is asked for, bytes. On Sapphire and Granite Rapids a
 // dot product that waits for its load occupies the scheduler, so that few loads get under way, and
-// the processor's own prefetching stops at every 4 KB: one row against weights in memory reached 80
-// % (q4_1) to 66 % (q4_k) of a plain read, and 95-105 % with any distance from 1.5 to 4 KB (another
-// machine: 3 to 9).
-constexpr int64_t kStreamAhead = 3072;
+// the processor's own prefetching stops at every 4 KB. One row against weights in memory, of a
+// plain read: q4_1 60-80 %, q4_k and q6_k 63-70 %; so asked for, 88-92 % and 85-95 %. From 3 to 10
+// KB the difference is in the noise of a shared machine; the shorter ones lose when memory is at
+// its fastest.
+constexpr int64_t kStreamAhead = 6144;
 extern const int64_t stream_ahead;   // kStreamAhead, or 0 on AMD: 4-10 % slower with it on Zen 4
 constexpr int64_t kRoundBlock = 32;  // elements that share one activation scale
 

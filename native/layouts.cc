@@ -23,6 +23,9 @@ LM_DECLARE(scalar)
 #if defined(LMCLOCK_X86)
 LM_DECLARE(avx2)
 LM_DECLARE(avx512)
+namespace avx512 {
+extern const Kernels kAmxKernels;
+}
 #endif
 #if defined(LMCLOCK_NEON)
 LM_DECLARE(neon)
@@ -84,6 +87,20 @@ bool has_avx512() {
     if (!bit(seven.b, static_cast<int>(n))) return false;
   return (saved_state() & 0xe6) == 0xe6 && has_avx2() && bit(seven.c, 11) && bit(cpuid(7, 1).a, 5);
 }
+
+// Tiles: int8 and bf16, saved by the system, and allowed to this process, which has to ask.
+bool has_amx() {
+  const Registers seven = cpuid(7);
+  constexpr uint64_t kTiles = 3 << 17;
+  if (!has_avx512() || !bit(seven.d, 22) || !bit(seven.d, 24) || !bit(seven.d, 25)) return false;
+  if ((saved_state() & kTiles) != kTiles) return false;
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #else
 bool is_intel() { return false; }
 #endif
@@ -91,6 +108,7 @@ bool is_intel() { return false; }
 std::vector<const Kernels*> find_kernels() {
   std::vector<const Kernels*> found;
 #if defined(LMCLOCK_X86)
+  if (has_amx()) found.push_back(&avx512::kAmxKernels);
   if (has_avx512()) found.push_back(&avx512::kKernels);
   if (has_avx2()) found.push_back(&avx2::kKernels);
 #endif

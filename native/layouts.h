@@ -22,7 +22,7 @@
 namespace lmclock::LMCLOCK_PATH {
 
 // 32 elements of 16 rows in registers: value = d * (code - offset) + m.
-struct Block {
+struct BlockCodes {
   f32x16 d, m;
   i32x16 g[8];
 };
@@ -39,7 +39,7 @@ LM_INLINE void split_nibbles(const uint8_t* p, i32x16 (&g)[8]) {
 struct Q4_0 {
   static constexpr int kBytes = 288, kBits = 4, kOffset = 8;
   static constexpr bool kMin = false;
-  LM_INLINE void load_block(const uint8_t* p, Block& b) {
+  LM_INLINE void load_block(const uint8_t* p, BlockCodes& b) {
     b.d = load_f16(p);
     split_nibbles(p + 32, b.g);
   }
@@ -48,7 +48,7 @@ struct Q4_0 {
 struct Q4_1 {
   static constexpr int kBytes = 320, kBits = 4, kOffset = 0;
   static constexpr bool kMin = true;
-  LM_INLINE void load_block(const uint8_t* p, Block& b) {
+  LM_INLINE void load_block(const uint8_t* p, BlockCodes& b) {
     b.d = load_f16(p);
     b.m = load_f16(p + 32);
     split_nibbles(p + 64, b.g);
@@ -58,7 +58,7 @@ struct Q4_1 {
 struct Q5_0 {
   static constexpr int kBytes = 352, kBits = 5, kOffset = 16;
   static constexpr bool kMin = false;
-  LM_INLINE void load_block(const uint8_t* p, Block& b) {
+  LM_INLINE void load_block(const uint8_t* p, BlockCodes& b) {
     b.d = load_f16(p);
     const i32x16 high = load_i(p + 32), bit = splat_i(0x10101010);
     split_nibbles(p + 96, b.g);
@@ -72,7 +72,7 @@ struct Q5_0 {
 struct Q8_0 {
   static constexpr int kBytes = 544, kBits = 8, kOffset = 128;
   static constexpr bool kMin = false;
-  LM_INLINE void load_block(const uint8_t* p, Block& b) {
+  LM_INLINE void load_block(const uint8_t* p, BlockCodes& b) {
     b.d = load_f16(p);
     unroll<8>([&](auto i) LM_LAMBDA { b.g[i] = load_i(p + 32 + 64 * i); });
   }
@@ -81,7 +81,7 @@ struct Q8_0 {
 struct Generic32 {
   static constexpr int kBytes = 640, kBits = 8, kOffset = 128;
   static constexpr bool kMin = true;
-  LM_INLINE void load_block(const uint8_t* p, Block& b) {
+  LM_INLINE void load_block(const uint8_t* p, BlockCodes& b) {
     b.d = as_f32(load_i(p));
     b.m = as_f32(load_i(p + 64));
     unroll<8>([&](auto i) LM_LAMBDA { b.g[i] = load_i(p + 128 + 64 * i); });
@@ -133,9 +133,18 @@ LM_INLINE f32x16 q6k_scale(const uint8_t* half, f32x16 d) {
   return d * to_f32(sra<24>(shl<24 - 8 * (J % 4)>(load_i(half + 64 * (J / 4)))));
 }
 
-// One panel block of any quantised layout as generic32 or, where 16 elements share a scale,
-// generic16 blocks.
-void expand(Layout layout, const uint8_t* panel_block, uint8_t* out);
+// Elements that share a scale, and bytes of one panel block once expanded.
+LM_INLINE int scale_elements(Layout layout) {
+  return layout == Layout::q6_k || layout == Layout::generic16 ? 16 : 32;
+}
+LM_INLINE int64_t expanded_bytes(Layout layout) {
+  const int64_t elements = scale_elements(layout);
+  return layout_block(layout) / elements * (128 + 16 * elements);
+}
+
+// `count` panel blocks of a quantised layout as generic32 or, where 16 elements share a scale,
+// generic16 blocks, but with signed codes.
+void expand(Layout layout, const uint8_t* p, int64_t count, uint8_t* out);
 
 // Panel elements [k0, k0 + n) of any layout as f32: out[k][row]. k0 and n are multiples of
 // layout_block unless the range ends at the width.

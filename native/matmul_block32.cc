@@ -18,7 +18,7 @@ struct Block32 {
     for (const uint8_t* w = args.panel; w < end; w += L::kBytes) {
       RowSet<T>::pin(rows);
       prefetch<L::kBytes>(w, args.ahead);
-      Block b;
+      BlockCodes b;
       L::load_block(w, b);
       step32<L::kBits, L::kOffset, L::kMin>(acc, b.d, b.m, b.g, rows);
       RowSet<T>::next(rows);

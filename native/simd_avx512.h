@@ -1,12 +1,7 @@
 // simd.h on AVX-512 (F, BW, VL, DQ, VNNI, BF16). See simd.h for the rules.
 #pragma once
 
-// GCC 12 takes the undefined pass-through operand of its own intrinsics for a mistake of ours.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 
 namespace lmclock::LMCLOCK_PATH {
 

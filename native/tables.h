@@ -51,6 +51,22 @@ const Tiles& kquant_tiles(Layout layout);   // q8_32 with 256-blocks and generic
 const Tiles& float_tiles(Layout layout);    // f32 activations with f32, f16, bf16
 const Tiles& bf16_tiles();                  // bf16 with bf16
 
+// A kernel that takes many rows at once in place of tiles, with the same bits where `take` says so.
+constexpr int64_t kMostRows = 128;
+struct ManyConfig {  // what the tile registers are set up for; 0: not in use
+  int rows = 0, words = 0, words_b = 0;
+};
+struct ManyRows {
+  // How many of the next `rows` rows it wants, at most kMostRows; 0 leaves them to the tiles.
+  int64_t (*take)(Layout layout, const Rows& x, int64_t rows);
+  // out as TileArgs, with room for a multiple of 16 rows.
+  void (*run)(ManyConfig& config, Layout layout, const TileArgs& args, int64_t rows);
+  void (*end)();  // after the last run with a config in use
+};
+void linear_with(const ManyRows* many, const Linear& l, int64_t r0, int64_t r1, int64_t p0,
+                 int64_t p1);
+void glu_with(const ManyRows* many, const Glu& g, int64_t r0, int64_t r1, int64_t p0, int64_t p1);
+
 // Any layout with any activations through f32; size is an index into kTileRows.
 void tile_f32(Layout layout, Act act, const TileArgs& args, int size);
 

@@ -50,12 +50,12 @@ struct RowSet {
   }
 };
 
-// Asks for the `Bytes` that lie `ahead` bytes after p, into the second-level cache.
+// Asks for the `Bytes` that lie `ahead` bytes after p.
 template <int Bytes>
 LM_INLINE void prefetch(const uint8_t* p, int64_t ahead) {
   if (!ahead) return;
   unroll<(Bytes + 63) / 64>([&](auto i)
-                                LM_LAMBDA { __builtin_prefetch(p + ahead + 64 * i, 0, 2); });
+                                LM_LAMBDA { __builtin_prefetch(p + ahead + 64 * i, 0, 3); });
 }
 
 template <int T>
