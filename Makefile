@@ -54,8 +54,10 @@ tsan: build/tsan/.installed  ## native tests under the thread sanitizer
 fuzz: $(VENV)/.fuzz build  ## coverage-guided fuzzing of the file readers
 	$(BIN)/python -m tools.fuzz_files $(ARGS)
 
-bench: $(VENV)/.bench build  ## lmclock beside other engines, interleaved
-	$(BIN)/python -m bench.peers $(ARGS)
+# make bench SCRIPTS=peers ARGS="--rounds 3 --dry"
+SCRIPTS ?= limit peers quality overhead
+bench: $(VENV)/.bench build  ## measure limit, peers, quality and overhead into docs/measurements.md
+	set -e; for script in $(SCRIPTS); do $(BIN)/python -m bench.$$script $(ARGS); done
 
 clean:  ## remove what was built, .venv included; downloaded models stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -85,6 +87,9 @@ $(VENV)/.installed: $(VENV)/.base build/files CMakeLists.txt $(wildcard native/*
 $(VENV)/.test $(VENV)/.bench $(VENV)/.fuzz: $(VENV)/.%: pyproject.toml | $(VENV)/.installed
 	$(PIP) install --no-build-isolation "$(TORCH)" -e ".[$*]"
 	touch $@
+
+# llama-cpp-python is compiled here; see the header for what its compiler may get wrong.
+$(VENV)/.bench: private export CXXFLAGS := -include $(CURDIR)/bench/tile_config.h
 
 # A sanitized extension lives in a venv of its own that sees the packages of .venv: python itself is not
 # instrumented, so the sanitizer's runtime is loaded before it.

@@ -122,7 +122,7 @@ def start(
     return workers, skipped
 
 
-def interleave(jobs: Mapping[Any, Job], rounds: int, seed: int = 0) -> Samples:
+def interleave(jobs: Mapping[Any, Job], rounds: int, seed: int = 0, quiet: bool = False) -> Samples:
     """Each job once per round, in an order drawn anew; a round before the first is not kept."""
     order, draw = list(jobs), random.Random(seed)
     samples: Samples = {name: [] for name in jobs}
@@ -132,7 +132,8 @@ def interleave(jobs: Mapping[Any, Job], rounds: int, seed: int = 0) -> Samples:
             value = jobs[name]()
             if number:
                 samples[name].append(value)
-        print(f"round {number} of {rounds}", file=sys.stderr)
+        if not quiet:
+            print(f"round {number} of {rounds}", file=sys.stderr)
     return samples
 
 

@@ -1,9 +1,17 @@
-"""llama.cpp through the C interface of llama-cpp-python: one context, its forward passes only."""
+"""llama.cpp through the C interface of llama-cpp-python: one context, its forward passes only.
+
+Where the processor has AMX it keeps weights in buffers of their own for it. A build by an older GCC
+crashes with these (tile_config.h says why, and mends it), so they are tried in another process
+first: `python -m bench.llama FILE`.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import llama_cpp as c
@@ -11,18 +19,32 @@ import numpy as np
 
 # Silences the log; kept here because the library does not keep it alive.
 _QUIET = c.llama_log_callback(lambda level, text, data: None)
+SLOWER = (
+    "llama.cpp crashes here with its own buffers for weights (AMX, repacking), so it runs without "
+    "them, which is NOT its best: build it as `make bench` does"
+)
+
+
+@cache
+def whole(path: str) -> bool:
+    """Whether this build can run the file with all it has."""
+    command = [sys.executable, "-m", "bench.llama", path]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 class Llama:
     """A model and a context for one sequence; keys and values in f16, as is its default."""
 
-    def __init__(self, path: str, threads: int, flash: bool, context: int, batch: int) -> None:
+    def __init__(
+        self, path: str, threads: int, flash: bool, context: int, batch: int, probe: bool = True
+    ) -> None:
         c.llama_log_set(_QUIET, ctypes.c_void_p(0))
         c.llama_backend_init()
         loading = c.llama_model_default_params()
-        # Its AMX buffers crash llama_decode on the processor these figures come from (0.3.36 built
-        # by GCC 12, Q4_1); without them it runs its AVX-512 VNNI kernels.
-        loading.use_extra_bufts = False
+        loading.use_extra_bufts = not probe or whole(path)
+        self.notes = [f"llama.cpp: {c.llama_print_system_info().decode().strip()}"]
+        if not loading.use_extra_bufts:
+            self.notes.append(SLOWER)
         self.model = c.llama_model_load_from_file(path.encode(), loading)
         assert self.model, f"llama.cpp cannot load {path}"
         options = c.llama_context_default_params()
@@ -61,3 +83,7 @@ class Llama:
         copy = found.copy()
         c.llama_batch_free(batch)
         return copy
+
+
+if __name__ == "__main__":
+    Llama(sys.argv[1], 1, False, 64, 32, probe=False).decode((ctypes.c_int32 * 32)(), 32)

@@ -94,8 +94,6 @@ def llama_jobs(sizes: Sizes, flash: bool) -> Made:
     """llama.cpp through its C interface: llama_decode, as llama-bench does it."""
     import ctypes
 
-    import llama_cpp as c
-
     from bench.llama import Llama
 
     llama = Llama(str(pull(MODEL)), sizes.threads, flash, sizes.context, batch=sizes.prompt)
@@ -116,8 +114,7 @@ def llama_jobs(sizes: Sizes, flash: bool) -> Made:
 
         return timed(steps)
 
-    features = c.llama_print_system_info().decode()
-    about = {"weights": "Q4_1", "note": f"llama.cpp: {features.strip()}"}
+    about = {"weights": "Q4_1", "notes": llama.notes}
     return about, {"prefill": prefill, "decode": decode}
 
 
@@ -217,7 +214,7 @@ def report(
         rows.append(cells)
     head = ["engine", "weights", f"prefill {sizes.prompt}, tok/s", "x llama.cpp",
             f"decode {sizes.new}, tok/s", "x llama.cpp"]  # fmt: skip
-    notes = [*skipped, *(one.about["note"] for one in workers.values() if "note" in one.about)]
+    notes = [*skipped, *(note for one in workers.values() for note in one.about.get("notes", ()))]
     return "\n\n".join([
         f"## Speed beside other engines\n\n{machine(sizes.threads, PACKAGES)}",
         METHOD.format(rounds=rounds, batch=sizes.prompt),

@@ -48,7 +48,7 @@ def main(windows: int, threads: int, dry: bool) -> None:
             NAMES["-O2"]: lambda ids: logits(default, ids),
             NAMES["--precise"]: lambda ids: logits(precise, ids),
         }
-        skipped = _add_llama(runs, threads)
+        notes = _add_llama(runs, threads)
         text = gzip.decompress(Path(pull("wikitext2")).read_bytes()).decode()
         ids = default.tokenizer.encode(text)[: windows * WINDOW]
         check = check_reference(reference, ids[:CHECKED])
@@ -60,7 +60,7 @@ def main(windows: int, threads: int, dry: bool) -> None:
                 scores[name].append(base.score(run(some)))
             print(f"window {start // WINDOW + 1} of {windows}", file=sys.stderr)
     found = {name: Scores.joined(parts) for name, parts in scores.items()}
-    publish("quality", report(found, check, skipped, threads), dry)
+    publish("quality", report(found, check, notes, threads), dry)
 
 
 def logits(model: Model, ids: Sequence[int]) -> np.ndarray:
@@ -99,15 +99,15 @@ def check_reference(reference: Logits, ids: Sequence[int]) -> str:
     )
 
 
-def _add_llama(runs: dict[str, Logits], threads: int) -> str:
-    """Add llama.cpp to the runs, or say why not."""
+def _add_llama(runs: dict[str, Logits], threads: int) -> list[str]:
+    """Add llama.cpp to the runs, or say why not; notes on it."""
     try:
         from bench.llama import Llama
     except ModuleNotFoundError as error:
-        return f"llama.cpp was skipped: {error.name} is not installed."
+        return [f"llama.cpp was skipped: {error.name} is not installed."]
     llama = Llama(str(pull(MODEL)), threads, flash=True, context=WINDOW, batch=WINDOW)
     runs[NAMES["llama.cpp"]] = llama.logits
-    return ""
+    return llama.notes
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def mean_error(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def report(found: dict[str, Scores], check: str, skipped: str, threads: int) -> str:
+def report(found: dict[str, Scores], check: str, notes: list[str], threads: int) -> str:
     """The section of the document."""
     rows = []
     for name, s in found.items():
@@ -195,7 +195,8 @@ def report(found: dict[str, Scores], check: str, skipped: str, threads: int) -> 
     return "\n\n".join(filter(None, [
         f"## Quality beside llama.cpp\n\n{machine(threads, PACKAGES)}",
         METHOD.format(scored=scored, perplexity=math.exp(any_run.base_loss.mean())),
-        check, table(head, rows), *_differences(found), skipped,
+        check, table(head, rows), *_differences(found),
+        "\n".join(f"- {note}" for note in notes),
     ]))  # fmt: skip
 
 

@@ -251,20 +251,35 @@ def test_ratios_are_paired() -> None:
     assert common.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 1000.0]) == 2.0
 
 
-def test_a_worker_answers_or_says_why_not() -> None:
-    one = common.Worker("bench.peers", "llama.cpp", threads=1) if _installed() else None
-    if one is None:
-        with pytest.raises(common.Skipped, match="llama_cpp is not installed"):
-            common.Worker("bench.peers", "llama.cpp", threads=1)
-    else:
-        assert one.jobs == ["prefill", "decode"]
-        one.close()
+WORKER = """
+import os, sys
+from bench.common import Skipped, serve
+
+def make():
+    if "missing" in sys.argv:
+        import no_such_engine
+    if "unfit" in sys.argv:
+        raise Skipped("it needs a GPU")
+    print("a library says hello")
+    return {"weights": "Q4_1"}, {"two": lambda: 2, "die": lambda: os._exit(3)}
+
+serve(make)
+"""
 
 
-def _installed() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("llama_cpp") is not None
+def test_a_worker_answers_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    workers, skipped = common.start("tiny_worker", ("fine", "missing", "unfit"), threads=1)
+    assert skipped == [
+        "missing was skipped: no_such_engine is not installed.",
+        "unfit was skipped: it needs a GPU.",
+    ]
+    one = workers["fine"]
+    assert one.jobs == ["two", "die"] and one.about["weights"] == "Q4_1"
+    assert one.ask("two") == one.ask("two") == 2.0
+    with pytest.raises(RuntimeError, match="ended with 3:\na library says hello"):
+        one.ask("die")
 
 
 @pytest.mark.parametrize("apart", [3.0, 0.01])
