@@ -1,4 +1,4 @@
-"""`Fields`: typed look-ups in a mapping that came from a file, for config.py.
+"""`Fields`: typed look-ups in a mapping that came from a file, for config/.
 
 Every look-up checks type and range and remembers the key, so that `rest` can judge the keys nobody
 asked for. A null counts as a missing key, as it does to the programs that write such files.

@@ -4,6 +4,7 @@ sentence that names the culprit.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -296,5 +297,11 @@ def test_any_scaling_is_finite_frequencies_or_a_typed_error(scaling: dict[str, A
 def test_every_type_has_a_family() -> None:
     from lmclock.assemble import FAMILIES
 
-    rows = [*HF_TYPES.values(), *GGUF_TYPES.values()]
+    rows = []
+    for table, types in (("HF_TYPES", HF_TYPES), ("GGUF_TYPES", GGUF_TYPES)):
+        for name in set(types.values()):
+            translator = importlib.import_module(f"lmclock.config.{name}")
+            own = getattr(translator, table)
+            assert set(own) == {model for model, file in types.items() if file == name}
+            rows += own.values()
     assert {row.family for row in rows} == set(FAMILIES)

@@ -3,9 +3,10 @@
     model = assemble("folder-or-file")          # GGUF, or config.json and safetensors
     model.program, model.weights, model.config, model.notes
 
-A family file gives `NAMES`, the Hugging Face name of every weight it uses, `HARMLESS`, a pattern of
-tensors that may be ignored, and `build(config, builder, cache)`, which appends the instructions of
-`step` and returns the states. Nothing is decoded or copied: the weights are views of the file.
+A family file gives `names(config)`, the Hugging Face name of every weight it uses, `HARMLESS`, a
+pattern of tensors that may be ignored, and `build(config, builder, cache)`, which declares inputs,
+appends the instructions of each section and returns the states. Nothing is decoded or copied: the
+weights are views of the file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lmclock.config import ModelConfig, from_gguf, from_hf
 from lmclock.errors import FileError, OptionError, choices
 from lmclock.files import GGUF, Reader, open_weights
 from lmclock.files.mapping import map_file
-from lmclock.program import CACHE_FORMATS, Input, Program, Section
+from lmclock.program import CACHE_FORMATS, Program, Section
 from lmclock.verify import verify
 
 FAMILIES = {"llama": "Llama 2 and 3, Mistral, SmolLM2, Qwen2 and Qwen3"}
@@ -55,17 +56,17 @@ def assemble(source: Reader | str | Path, cache: str = "f16") -> Assembled:
     reader = source if isinstance(source, Reader) else open_weights(source)
     config = read_config(reader)
     family = importlib.import_module(f"lmclock.assemble.{config.family}")
-    stored = Stored(reader.tensors, family.NAMES if config.source == "hf" else None)
+    stored = Stored(reader.tensors, family.names(config) if config.source == "hf" else None)
     builder = Builder(stored)
     states = family.build(config, builder, cache)
     notes = config.notes + stored.refuse_leftovers(family.HARMLESS, config.model)
     program = Program(
         family=config.family,
         name=title(config.name),
-        inputs=(Input("ids", "tok"),),
+        inputs=tuple(builder.inputs),
         weights=tuple(builder.declared.values()),
         states=states,
-        sections=(Section("step", tuple(builder.instructions)),),
+        sections=tuple(Section(n, tuple(code)) for n, code in builder.sections.items()),
         context=config.context,
     )
     return Assembled(verify(program), builder.views, config, reader, notes)

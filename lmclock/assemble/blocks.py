@@ -1,7 +1,9 @@
 """What model families share: `Builder`, which grows a program, and the blocks most of them are made
 of. A family file says in which order, and with which sizes and options.
 
-    b = Builder(config, stored)
+    b = Builder(stored)
+    b.section("step")
+    b.input("ids", "tok")
     x = b.embed("x.0", "token_embd", vocab, width)
     x = b.residual("x'.0", x, attention(b, x, self_attention, Place(0)))
 
@@ -22,7 +24,7 @@ from lmclock.errors import FileError
 from lmclock.fields import shortest
 from lmclock.formats import Array
 from lmclock.isa import Instruction, make
-from lmclock.program import Weight
+from lmclock.program import Input, Weight
 
 LEAST_FACTOR = 1e-6  # of a frequency: published ones are 1 to 64
 
@@ -86,13 +88,24 @@ class Attention:
 
 
 class Builder:
-    """Grows the instructions of one section, and declares each weight when it is first used."""
+    """Grows a program's sections, and declares each weight when it is first used."""
 
     def __init__(self, stored: Stored) -> None:
         self.stored = stored
-        self.instructions: list[Instruction] = []
+        self.inputs: list[Input] = []
+        self.sections: dict[str, list[Instruction]] = {}
+        self.instructions: list[Instruction] = []  # of the section that grows
         self.declared: dict[str, Weight] = {}
         self.views: dict[str, View] = {}
+
+    def section(self, name: str) -> None:
+        """What is added from here on belongs to section `name`."""
+        self.instructions = self.sections.setdefault(name, [])
+
+    def input(self, name: str, space: str) -> str:
+        """Declare an input of ids, one for each row of `space`."""
+        self.inputs.append(Input(name, space))
+        return name
 
     def add(self, op: str, out: str, ins: Any = (), weights: Any = (), **attrs: Any) -> str:
         """Append an instruction with one result, or none where `out` is empty; returns `out`."""

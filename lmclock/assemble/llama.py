@@ -1,8 +1,10 @@
 """Llama 2 and 3, Mistral, SmolLM2, Qwen2 and Qwen3: pre-norm attention with rotary positions and
-shared key/value heads, then a gated feed-forward layer. What tells them apart is in ModelConfig.
+shared key/value heads, then a gated feed-forward layer. What tells them apart is in DecoderConfig.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from lmclock.assemble.blocks import (
     Attention,
@@ -15,7 +17,7 @@ from lmclock.assemble.blocks import (
     logits,
 )
 from lmclock.assemble.weights import same_bytes
-from lmclock.config import ModelConfig
+from lmclock.config.decoder import DecoderConfig
 from lmclock.program import State
 
 NAMES = {
@@ -38,14 +40,21 @@ NAMES = {
 HARMLESS = r"rotary_emb\.inv_freq$|\.attn_rot_embd\.weight$|^lm_head\.weight$"
 
 
-def build(c: ModelConfig, b: Builder, cache: str) -> tuple[State, ...]:
-    """Appends section `step` to `b`; the states it needs, keys and values in format `cache`."""
+def names(c: DecoderConfig) -> Mapping[str, str]:
+    """Our names of weights -> those of the Hugging Face files."""
+    return NAMES
+
+
+def build(c: DecoderConfig, b: Builder, cache: str) -> tuple[State, ...]:
+    """Appends section `step`; the states it needs, keys and values in format `cache`."""
     norm = Norm(c.eps)
     block = Attention(
         c.width, c.heads, c.kv_heads, c.key, c.value,
         norm=norm if c.qk_norm else None, rotation=b.rotation(c.rope, c.key),
         qkv_bias=c.qkv_bias, output_bias=c.output_bias,
     )  # fmt: skip
+    b.section("step")
+    b.input("ids", "tok")
     x = b.embed("x.0", "token_embd", c.vocab, c.width)
     for i, layer in enumerate(each_layer(block, c.windows, "kv")):
         at = Place(i)
@@ -58,7 +67,7 @@ def build(c: ModelConfig, b: Builder, cache: str) -> tuple[State, ...]:
     return (State("kv", c.layers, "paged", c.kv_heads, c.key, c.value, format=cache),)
 
 
-def output_matrix(c: ModelConfig, b: Builder) -> str:
+def output_matrix(c: DecoderConfig, b: Builder) -> str:
     """The embedding where they are tied; a tied file may hold a second copy, which must be one."""
     if c.tied and b.stored.has("output"):
         copy, embedding = b.stored.get("output"), b.stored.get("token_embd")

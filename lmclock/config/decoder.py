@@ -1,58 +1,32 @@
-"""`ModelConfig`: what a model is, in lmclock's own words, from either format's description of it.
+"""Decoders of rotary attention and gated feed-forward: Llama, Mistral, SmolLM2, Qwen2, Qwen3.
 
-    from_hf(json.load(file), name)           the config.json of a Hugging Face folder
-    from_gguf(metadata, tensor_names)        the metadata of a GGUF file
-
-This is the only file that knows the field names of others. It takes plain mappings, never opens a
-file, and believes nothing: a missing, mistyped or impossible value is a FileError that names it,
-and an option this build lacks is an UnsupportedError. A field nobody asked for is refused when it
-may change the arithmetic, and otherwise listed once in `notes`. A new model type is a row of
-HF_TYPES and GGUF_TYPES.
+A new model type is a row of HF_TYPES and GGUF_TYPES.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
+from lmclock.config.common import (
+    ACTIVATIONS,
+    HF_HARMLESS,
+    MAX_HEADS,
+    MAX_LAYERS,
+    ModelConfig,
+    Rope,
+    head_width,
+    refuse_other_uses,
+)
 from lmclock.errors import FileError, UnsupportedError, choices
 from lmclock.fields import MOST, REQUIRED, Fields
 
-MAX_LAYERS = 4096  # a bound on what a hostile file can make us allocate
-MAX_HEADS = 1 << 16
 
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions: `dims` of each head rotate in pairs, pair j by position * base^(-2j/dims).
-
-    Scaling stretches the positions by `factor`: all pairs (linear), or those that turn less than
-    `low` times over the `original` context in full, those that turn more than `high` times not at
-    all, and a blend between (llama3: in turns, yarn: in pair number). `gain` multiplies the result.
-    """
-
-    dims: int
-    base: float = 10000.0
-    pairs: str = "halves"  # or adjacent
-    scaling: str = "none"  # or linear, llama3, yarn
-    factor: float = 1.0
-    original: int = 0
-    low: float = 1.0
-    high: float = 4.0
-    truncate: bool = True  # yarn: the blend begins and ends at whole pairs
-    gain: float = 1.0
-
-
-@dataclass(frozen=True)
-class ModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(ModelConfig):
     """A decoder of attention and gated feed-forward layers; sizes in elements."""
 
-    family: str  # the file of assemble/
-    model: str  # what the file calls it: llama, mistral, qwen2 ...
-    source: str  # hf or gguf: whose tensor names the file uses
-    name: str
     layers: int
     width: int  # of the residual stream
     heads: int
@@ -60,8 +34,6 @@ class ModelConfig:
     key: int  # width of one head's query and key
     value: int  # width of one head's value
     hidden: tuple[int, ...]  # feed-forward width of each layer
-    vocab: int
-    context: int
     eps: float
     rope: Rope
     windows: tuple[int, ...]  # newest positions each layer sees; 0: all
@@ -71,9 +43,6 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # each head of q and k is normalised on its own
-    bos: int | None = None
-    eos: tuple[int, ...] = ()
-    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -118,46 +87,20 @@ GGUF_TYPES = {
     "qwen3": GgufType("llama", "halves", qk_norm=True),
 }
 
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-}
-
-# Fields that say nothing of a forward pass, or repeat what the tensors say.
-_HF_HARMLESS = (
-    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "attention_dropout",
-    "attn_implementation", "chunk_size_feed_forward", "dtype", "embd_pdrop", "hidden_dropout",
-    "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id",
-    "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "pruned_heads", "resid_pdrop", "torch_dtype", "transformers_version",
-    "use_cache",
-)  # fmt: skip
 _GGUF_HARMLESS = ("rope.scaling.finetuned", "tensor_data_layout")
 
 
-def from_hf(data: Mapping[str, Any], name: str = "") -> ModelConfig:
-    """The configuration in a Hugging Face config.json, parsed."""
-    f = Fields("config.json", data)
-    if f.take("auto_map") is not None:
-        raise UnsupportedError("config.json has auto_map: remote code is never run by lmclock")
-    model = f.text("model_type")
-    if model not in HF_TYPES:
-        message = f"model_type {model[:80]!r} is not supported; valid: {choices(HF_TYPES)}"
-        raise UnsupportedError(message)
+def from_hf(f: Fields, model: str, name: str) -> DecoderConfig:
+    """The configuration in a config.json of one of HF_TYPES."""
     row = HF_TYPES[model]
-    _refuse_other_uses(f, row)
+    refuse_other_uses(f, (row.architecture,))
     layers = f.integer("num_hidden_layers", high=MAX_LAYERS)
     heads = f.integer("num_attention_heads", high=MAX_HEADS)
     width, context = f.integer("hidden_size"), f.integer("max_position_embeddings", row.context)
-    head = _head_width(f.integer("head_dim", row.head), width, heads)
+    head = head_width(f.integer("head_dim", row.head), width, heads)
     rope, context = _hf_rope(f, row, head, context)
     kv_heads = f.integer("num_key_value_heads", row.kv_heads or heads, high=MAX_HEADS)
-    config = ModelConfig(
+    config = DecoderConfig(
         family=row.family, model=model, source="hf", name=name, layers=layers, width=width,
         heads=heads, kv_heads=kv_heads, key=head, value=head,
         hidden=(f.integer("intermediate_size"),) * layers, vocab=f.integer("vocab_size"),
@@ -168,38 +111,13 @@ def from_hf(data: Mapping[str, Any], name: str = "") -> ModelConfig:
         qkv_bias=_bias(f, row.qkv_bias), output_bias=_bias(f, row.output_bias),
         mlp_bias=_bias(f, row.mlp_bias), qk_norm=row.qk_norm,
         bos=next(iter(f.ids("bos_token_id")), None), eos=f.ids("eos_token_id"),
-        notes=f.rest(_HF_HARMLESS, f"model_type {model}"),
+        notes=f.rest(HF_HARMLESS, f"model_type {model}"),
     )  # fmt: skip
     return _checked(config, f)
 
 
-def _refuse_other_uses(f: Fields, row: HfType) -> None:
-    """UnsupportedError for a checkpoint that is no plain causal language model."""
-    names = f.take("architectures")
-    if names and not (isinstance(names, list) and row.architecture in names):
-        raise UnsupportedError(
-            f"config.json: architectures {str(names)[:80]} is not supported; "
-            f"valid: {row.architecture}"
-        )
-    if f.take("is_causal", True) is not True:
-        raise UnsupportedError("config.json: is_causal is not true; only causal models run")
-    quantised = f.take("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-        raise UnsupportedError(
-            f"config.json: weights quantised by {str(method)[:80]!r} are not supported; "
-            "valid: plain safetensors, or a GGUF file"
-        )
-
-
 def _bias(f: Fields, which: bool | str) -> bool:
     return f.flag(which, False) if isinstance(which, str) else which
-
-
-def _head_width(stated: int | None, width: int, heads: int) -> int:
-    if stated is None and width % heads:
-        raise FileError(f"width {width} does not split into {heads} heads, and no other is stated")
-    return stated or width // heads
 
 
 def _hf_windows(f: Fields, row: HfType, layers: int) -> tuple[int, ...]:
@@ -287,24 +205,16 @@ def yarn_gain(factor: float, part: float = 1.0) -> float:
     return 0.1 * part * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def from_gguf(metadata: Mapping[str, Any], tensors: Collection[str] = ()) -> ModelConfig:
-    """The configuration in GGUF metadata. `tensors` are the names in the file: GGUF states optional
-    parts (biases, an output matrix of its own) by their presence only.
-    """
-    g = Fields("GGUF metadata", metadata)
-    model = g.text("general.architecture")
-    if model not in GGUF_TYPES:
-        message = f"architecture {model[:80]!r} is not supported; valid: {choices(GGUF_TYPES)}"
-        raise UnsupportedError(message)
+def from_gguf(g: Fields, f: Fields, model: str, tensors: Collection[str]) -> DecoderConfig:
+    """The configuration in the metadata of one of GGUF_TYPES; f holds the fields of the model."""
     row = GGUF_TYPES[model]
-    f = Fields("GGUF metadata", metadata, f"{model}.")
     layers = f.integer("block_count", high=MAX_LAYERS)
     width, heads = f.integer("embedding_length"), f.same("attention.head_count", layers, MAX_HEADS)
-    key = _head_width(f.integer("attention.key_length", None), width, heads)
+    key = head_width(f.integer("attention.key_length", None), width, heads)
     if f.flag("attention.causal", True) is not True:
         raise UnsupportedError(f"{model}.attention.causal is false; only causal models run")
     tokens = g.count("tokenizer.ggml.tokens")
-    config = ModelConfig(
+    config = DecoderConfig(
         family=row.family, model=model, source="gguf", name=g.text("general.name", model),
         layers=layers, width=width, heads=heads,
         kv_heads=f.same("attention.head_count_kv", layers, MAX_HEADS, heads),
@@ -351,7 +261,7 @@ def _gguf_rope(f: Fields, row: GgufType, key: int) -> Rope:
     return replace(rope, low=slow, high=fast, gain=rope.gain * yarn_gain(factor))
 
 
-def _checked(c: ModelConfig, f: Fields) -> ModelConfig:
+def _checked(c: DecoderConfig, f: Fields) -> DecoderConfig:
     """What no single field shows."""
     checks = (
         (c.heads % c.kv_heads == 0, f"{c.heads} heads do not share {c.kv_heads} key/value heads"),
