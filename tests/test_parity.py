@@ -16,16 +16,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import transformers
-from helpers import Runner
+from parity import TOLERANCE, assert_parity, prefilled, random_model, reference
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from lmclock.assemble import Assembled, assemble
+from lmclock.assemble import assemble
 from lmclock.errors import FileError
-
-TOLERANCE = 1e-4
-TOKENS = [int(t) for t in np.random.default_rng(7).integers(0, 96, 23)]
-CHUNKS = (1, 6, 9)  # then one by one: pages of the test's machine hold four positions
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -67,51 +62,6 @@ CASES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 MACHINES = ["array", "native"]
-
-
-def random_model(config: Any) -> Any:
-    """The transformers model of a configuration, with weights that keep activations near one."""
-    torch.manual_seed(3)
-    kind = getattr(transformers, f"{type(config).__name__.removesuffix('Config')}ForCausalLM")
-    config._attn_implementation = "eager"
-    model = kind(config).eval().float()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn_like(weight)
-            if weight.ndim == 2:
-                weight.copy_(noise / weight.shape[1] ** 0.5)
-            else:
-                weight.copy_(0.2 * noise + (0 if name.endswith("bias") else 1))
-    return model
-
-
-def reference(model: Any) -> np.ndarray:
-    """(tokens, vocab): logits of TOKENS in one causal pass."""
-    with torch.no_grad():
-        return model(torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
-
-
-def prefilled(model: Assembled, machine: str) -> np.ndarray:
-    runner = Runner(model.program, model.weights, machine)
-    return runner.cycle({"a": TOKENS}, pick="all")["a"]
-
-
-def decoded(model: Assembled, machine: str) -> np.ndarray:
-    """The same logits from chunks and then single rows, another sequence running beside."""
-    runner = Runner(model.program, model.weights, machine)
-    rows, at = [], 0
-    for size in [*CHUNKS, *[1] * (len(TOKENS) - sum(CHUNKS))]:
-        work = {"a": TOKENS[at : at + size], "b": TOKENS[:size]}
-        rows.append(runner.cycle(work, pick="all")["a"])
-        at += size
-    return np.concatenate(rows)
-
-
-def assert_parity(model: Assembled, want: np.ndarray, machine: str = "array") -> None:
-    assert 0.5 < want.std() < 5
-    for run in (prefilled, decoded):
-        worst = float(np.abs(run(model, machine) - want).max())
-        assert worst <= TOLERANCE, f"{run.__name__} on {machine}: {worst}"
 
 
 # --- Hugging Face folders

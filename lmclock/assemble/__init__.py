@@ -28,7 +28,11 @@ from lmclock.files.mapping import map_file
 from lmclock.program import CACHE_FORMATS, Program, Section
 from lmclock.verify import verify
 
-FAMILIES = {"llama": "Llama 2 and 3, Mistral, SmolLM2, Qwen2 and Qwen3"}
+FAMILIES = {
+    "llama": "Llama, Mistral, Mixtral, SmolLM2, Qwen2 and Qwen3, Qwen-MoE, Gemma, Phi-3, OLMo-2, "
+    "Granite",
+    "gpt": "GPT-2, StarCoder, GPT-NeoX (Pythia)",
+}
 MAX_CONFIG = 1 << 24
 
 

@@ -13,10 +13,10 @@ a attended, o projected, g and u gate and up, d down; a quote marks the second o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from lmclock.assemble.edited import shift
 from lmclock.assemble.rope import frequencies
 from lmclock.assemble.weights import Stored, View
 from lmclock.config import Rope
@@ -50,6 +50,7 @@ class Norm:
 
     eps: float
     kind: str = "rms"
+    offset: float = 0.0  # added to the weights that are stored
 
     @property
     def bias(self) -> bool:
@@ -78,6 +79,7 @@ class Attention:
     value: int
     state: str | None = None
     norm: Norm | None = None  # of each head of q and k
+    norm_whole: bool = False  # of q and k as a whole instead
     rotation: Rotation | None = None
     qkv_bias: bool = False
     output_bias: bool = False
@@ -85,6 +87,7 @@ class Attention:
     window: int = 0
     qk_scale: float = 0.0
     softcap: float = 0.0
+    scale: float = 1.0  # of the output
 
 
 class Builder:
@@ -107,8 +110,10 @@ class Builder:
         self.inputs.append(Input(name, space))
         return name
 
-    def add(self, op: str, out: str, ins: Any = (), weights: Any = (), **attrs: Any) -> str:
-        """Append an instruction with one result, or none where `out` is empty; returns `out`."""
+    def add(self, op: str, out: Any, ins: Any = (), weights: Any = (), **attrs: Any) -> Any:
+        """Append an instruction with one result, several, or none where `out` is empty; returns
+        `out`.
+        """
         self.instructions.append(make(op, out or (), ins, weights, **attrs))
         return out
 
@@ -125,17 +130,23 @@ class Builder:
         self.declared[name] = Weight(name, (1, len(row)), values=values)
         return name
 
-    def embed(self, out: str, name: str, vocab: int, width: int, ids: str = "ids") -> str:
-        return self.add("embed", out, ids, self.weight(name, vocab, width))
+    def embed(
+        self, out: str, name: str, vocab: int, width: int, ids: str = "ids", scale: float = 1.0
+    ) -> str:
+        return self.add("embed", out, ids, self.weight(name, vocab, width), scale=scale)
 
-    def linear(self, out: str, x: str, name: str, rows: int, width: int, bias: bool = False) -> str:
-        """out = x w^T (+ bias): from `width` to `rows` elements."""
+    def linear(
+        self, out: str, x: str, name: str, rows: int, width: int, bias: bool = False,
+        scale: float = 1.0,
+    ) -> str:  # fmt: skip
+        """out = scale x w^T (+ bias): from `width` to `rows` elements."""
         w = self.weight(name, rows, width)
         extra = self.weight(f"{name}.bias", 1, rows) if bias else None
-        return self.add("linear", out, x, w, bias=extra)
+        return self.add("linear", out, x, w, bias=extra, scale=scale)
 
     def norm(self, out: str, x: str, name: str, width: int, kind: Norm, groups: int = 1) -> str:
         """Each of `groups` parts of the row, `width` elements wide, is normalised on its own."""
+        shift(self.stored, name, width, kind.offset)
         w = self.weight(name, 1, width)
         bias = self.weight(f"{name}.bias", 1, width) if kind.bias else None
         return self.add("norm", out, x, w, kind=kind.kind, eps=kind.eps, bias=bias, groups=groups)
@@ -143,9 +154,11 @@ class Builder:
     def residual(self, out: str, x: str, y: str) -> str:
         return self.add("binary", out, (x, y), kind="add")
 
-    def rotation(self, rope: Rope, head: int, factors: str = "rope_freqs") -> Rotation:
-        """Declares the frequencies where `base` alone does not say them; `factors` names the
-        tensor that divides them, if the file has it.
+    def rotation(
+        self, rope: Rope, head: int, factors: str = "rope_freqs", name: str = "rope_freqs"
+    ) -> Rotation:
+        """Declares the frequencies, as `name`, where `base` alone does not say them; `factors`
+        names the tensor that divides them, if the file has it.
         """
         divide = None
         if self.stored.has(factors):
@@ -153,7 +166,7 @@ class Builder:
             if not (divide > LEAST_FACTOR).all():
                 raise FileError(f"tensor {factors} holds a factor that is not above {LEAST_FACTOR}")
         row = frequencies(rope, divide)
-        freqs = None if row is None else self.constant("rope_freqs", row)
+        freqs = None if row is None else self.constant(name, row)
         dims = 0 if rope.dims == head else rope.dims
         return Rotation(dims, rope.base, rope.pairs, freqs, rope.gain)
 
@@ -171,8 +184,11 @@ def attention(b: Builder, h: str, a: Attention, at: Place) -> str:
                         ("v", a.kv_heads * a.value))
     )  # fmt: skip
     if a.norm:
-        q = b.norm(at.value("qn"), q, at.weight("attn_q_norm"), a.key, a.norm, a.heads)
-        k = b.norm(at.value("kn"), k, at.weight("attn_k_norm"), a.key, a.norm, a.kv_heads)
+        for_q, for_k = (1, 1) if a.norm_whole else (a.heads, a.kv_heads)
+        q = b.norm(at.value("qn"), q, at.weight("attn_q_norm"), a.heads * a.key // for_q, a.norm,
+                   for_q)  # fmt: skip
+        k = b.norm(at.value("kn"), k, at.weight("attn_k_norm"), a.kv_heads * a.key // for_k,
+                   a.norm, for_k)  # fmt: skip
     if a.rotation:
         q = b.rotate(at.value("q'"), q, a.heads, a.rotation)
         k = b.rotate(at.value("k'"), k, a.kv_heads, a.rotation)
@@ -184,30 +200,41 @@ def attention(b: Builder, h: str, a: Attention, at: Place) -> str:
         qk_scale=a.qk_scale, softcap=a.softcap,
     )  # fmt: skip
     return b.linear(
-        at.value("o"), y, at.weight("attn_output"), a.width, a.heads * a.value, a.output_bias
-    )
+        at.value("o"), y, at.weight("attn_output"), a.width, a.heads * a.value, a.output_bias,
+        a.scale,
+    )  # fmt: skip
+
+
+def feed_forward(
+    b: Builder, h: str, width: int, hidden: int, act: str, at: Place, bias: bool = False,
+    scale: float = 1.0,
+) -> str:  # fmt: skip
+    """scale * down(act(up h))."""
+    u = b.linear(at.value("u"), h, at.weight("ffn_up"), hidden, width, bias)
+    f = b.add("act", at.value("f"), u, kind=act)
+    return b.linear(at.value("d"), f, at.weight("ffn_down"), width, hidden, bias, scale)
 
 
 def gated_feed_forward(
-    b: Builder, h: str, width: int, hidden: int, act: str, at: Place, bias: bool = False
-) -> str:
-    """down(act(gate h) * (up h))."""
+    b: Builder, h: str, width: int, hidden: int, act: str, at: Place, bias: bool = False,
+    scale: float = 1.0,
+) -> str:  # fmt: skip
+    """scale * down(act(gate h) * (up h))."""
     g = b.linear(at.value("g"), h, at.weight("ffn_gate"), hidden, width, bias)
     u = b.linear(at.value("u"), h, at.weight("ffn_up"), hidden, width, bias)
     s = b.add("act", at.value("s"), g, kind=act)
     f = b.add("binary", at.value("f"), (s, u), kind="mul")
-    return b.linear(at.value("d"), f, at.weight("ffn_down"), width, hidden, bias)
+    return b.linear(at.value("d"), f, at.weight("ffn_down"), width, hidden, bias, scale)
 
 
-def logits(b: Builder, x: str, width: int, vocab: int, norm: Norm, output: str = "output") -> None:
+def logits(
+    b: Builder, x: str, width: int, vocab: int, norm: Norm, output: str = "output", *,
+    scale: float = 1.0, softcap: float = 0.0,
+) -> None:  # fmt: skip
     """Of the picked rows only: the last norm, the output matrix, and a token for each."""
     last = b.add("pick", "last", x)
     z = b.norm("z", last, "output_norm", width, norm)
-    b.add("sample", "next", b.linear("logits", z, output, vocab, width))
-
-
-def each_layer(block: Attention, windows: Sequence[int], state: str) -> list[Attention]:
-    """The block with every layer's own window and its part of `state`."""
-    return [
-        replace(block, window=window, state=f"{state}[{i}]") for i, window in enumerate(windows)
-    ]
+    y = b.linear("scores" if softcap else "logits", z, output, vocab, width, scale=scale)
+    if softcap:
+        y = b.add("act", "logits", y, kind="softcap", cap=softcap)
+    b.add("sample", "next", y)

@@ -1,24 +1,16 @@
-"""Llama 2 and 3, Mistral, SmolLM2, Qwen2 and Qwen3: pre-norm attention with rotary positions and
-shared key/value heads, then a gated feed-forward layer. What tells them apart is in DecoderConfig.
+"""Names of the models whose decoders are made of RMS norms, rotary attention and gated feed-forward
+layers: Llama 2 and 3, Mistral and Mixtral, SmolLM2, Qwen2 and Qwen3 with and without experts, Gemma
+1 to 3, Phi-3, OLMo-2, Granite. What tells them apart is in DecoderConfig.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lmclock.assemble.blocks import (
-    Attention,
-    Builder,
-    Norm,
-    Place,
-    attention,
-    each_layer,
-    gated_feed_forward,
-    logits,
-)
-from lmclock.assemble.weights import same_bytes
+from lmclock.assemble.decoder import build
 from lmclock.config.decoder import DecoderConfig
-from lmclock.program import State
+
+__all__ = ["HARMLESS", "build", "names"]
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -35,6 +27,27 @@ NAMES = {
     "blk.{i}.ffn_gate": "model.layers.{i}.mlp.gate_proj",
     "blk.{i}.ffn_up": "model.layers.{i}.mlp.up_proj",
     "blk.{i}.ffn_down": "model.layers.{i}.mlp.down_proj",
+    "blk.{i}.attn_qkv": "model.layers.{i}.self_attn.qkv_proj",
+    "blk.{i}.ffn_gate_up": "model.layers.{i}.mlp.gate_up_proj",
+    "blk.{i}.ffn_gate_inp": "model.layers.{i}.mlp.gate",
+    "blk.{i}.ffn_gate_exps": "model.layers.{i}.mlp.experts.{e}.gate_proj",
+    "blk.{i}.ffn_up_exps": "model.layers.{i}.mlp.experts.{e}.up_proj",
+    "blk.{i}.ffn_down_exps": "model.layers.{i}.mlp.experts.{e}.down_proj",
+    "blk.{i}.ffn_gate_inp_shexp": "model.layers.{i}.mlp.shared_expert_gate",
+    "blk.{i}.ffn_gate_shexp": "model.layers.{i}.mlp.shared_expert.gate_proj",
+    "blk.{i}.ffn_up_shexp": "model.layers.{i}.mlp.shared_expert.up_proj",
+    "blk.{i}.ffn_down_shexp": "model.layers.{i}.mlp.shared_expert.down_proj",
+}
+MIXTRAL = {
+    "blk.{i}.ffn_gate_inp": "model.layers.{i}.block_sparse_moe.gate",
+    "blk.{i}.ffn_gate_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+    "blk.{i}.ffn_up_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+    "blk.{i}.ffn_down_exps": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
+}
+POST_NORMS = {
+    "blk.{i}.post_attention_norm": "model.layers.{i}.post_attention_layernorm",
+    "blk.{i}.ffn_norm": "model.layers.{i}.pre_feedforward_layernorm",
+    "blk.{i}.post_ffw_norm": "model.layers.{i}.post_feedforward_layernorm",
 }
 # Tables that follow from the configuration, and a second copy of a tied output matrix.
 HARMLESS = r"rotary_emb\.inv_freq$|\.attn_rot_embd\.weight$|^lm_head\.weight$"
@@ -42,34 +55,4 @@ HARMLESS = r"rotary_emb\.inv_freq$|\.attn_rot_embd\.weight$|^lm_head\.weight$"
 
 def names(c: DecoderConfig) -> Mapping[str, str]:
     """Our names of weights -> those of the Hugging Face files."""
-    return NAMES
-
-
-def build(c: DecoderConfig, b: Builder, cache: str) -> tuple[State, ...]:
-    """Appends section `step`; the states it needs, keys and values in format `cache`."""
-    norm = Norm(c.eps)
-    block = Attention(
-        c.width, c.heads, c.kv_heads, c.key, c.value,
-        norm=norm if c.qk_norm else None, rotation=b.rotation(c.rope, c.key),
-        qkv_bias=c.qkv_bias, output_bias=c.output_bias,
-    )  # fmt: skip
-    b.section("step")
-    b.input("ids", "tok")
-    x = b.embed("x.0", "token_embd", c.vocab, c.width)
-    for i, layer in enumerate(each_layer(block, c.windows, "kv")):
-        at = Place(i)
-        h = b.norm(at.value("h"), x, at.weight("attn_norm"), c.width, norm)
-        x = b.residual(at.value("x'"), x, attention(b, h, layer, at))
-        h = b.norm(at.value("h'"), x, at.weight("ffn_norm"), c.width, norm)
-        d = gated_feed_forward(b, h, c.width, c.hidden[i], c.act, at, c.mlp_bias)
-        x = b.residual(at.value("x", later=1), x, d)
-    logits(b, x, c.width, c.vocab, norm, output_matrix(c, b))
-    return (State("kv", c.layers, "paged", c.kv_heads, c.key, c.value, format=cache),)
-
-
-def output_matrix(c: DecoderConfig, b: Builder) -> str:
-    """The embedding where they are tied; a tied file may hold a second copy, which must be one."""
-    if c.tied and b.stored.has("output"):
-        copy, embedding = b.stored.get("output"), b.stored.get("token_embd")
-        return "token_embd" if same_bytes(copy, embedding) else "output"
-    return "token_embd" if c.tied else "output"
+    return NAMES | (POST_NORMS if c.post_norm else {}) | (MIXTRAL if c.model == "mixtral" else {})

@@ -2,7 +2,8 @@
 and `Stored`, which finds a weight by its own name and holds its shape against the configuration.
 
 Nothing is copied or decoded here: a view of whole rows of one tensor shares the file's bytes, and
-one made of several parts joins them when a machine asks for its data.
+one made of several parts, or of other elements (edited.py), makes them when a machine asks for its
+data.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class Stored:
         self.tensors = tensors
         self.names = names
         self.used: set[str] = set()
+        self.made: dict[str, View] = {}  # weights that the file holds in another form
 
     def name_in_file(self, name: str) -> str | None:
         """None where the file's format has no such weight."""
@@ -108,15 +110,33 @@ class Stored:
             return stem + ending
         layer = re.search(r"(?<=\.)\d+(?=\.)", stem)
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{i}", stem, count=1)
+        # An expert's number is the last part of its weight's name: blk.0.ffn_gate_exps.7
+        base, _, expert = pattern.rpartition(".")
+        if pattern not in self.names and expert.isdecimal():
+            pattern = base
         if pattern not in self.names:
             return None
-        return self.names[pattern].replace("{i}", layer[0] if layer else "") + ending
+        found = self.names[pattern].replace("{i}", layer[0] if layer else "")
+        return found.replace("{e}", expert) + ending  # without a number there is no such tensor
 
     def has(self, name: str) -> bool:
         return self.name_in_file(name) in self.tensors
 
+    def make(self, view: View) -> None:
+        """From here on `get` gives this view under its name."""
+        self.made[view.name] = view
+
     def get(self, name: str, shape: tuple[int, int] | None = None) -> View:
         """The weight, which must be `shape` (rows, width); a bias or norm has one row."""
+        if name in self.made:
+            assert shape in (None, self.made[name].shape), name
+            return self.made[name]
+        return whole(name, self.tensor(name, shape))
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor that holds a weight, marked as used. It must have the shape, or that without
+        an axis of one.
+        """
         stored = self.name_in_file(name)
         if stored is None or stored not in self.tensors:
             message = f"the file lacks tensor {stored or name}, which its configuration asks for"
@@ -128,7 +148,7 @@ class Stored:
             raise FileError(
                 f"tensor {stored} is {times(given)}, but the configuration makes it {times(shape)}"
             )
-        return whole(name, found)
+        return found
 
     def refuse_leftovers(self, harmless: str, model: str) -> tuple[str, ...]:
         """A note on tensors that may be ignored, whose names `harmless` matches; FileError when

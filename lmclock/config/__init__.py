@@ -23,11 +23,19 @@ from lmclock.fields import Fields
 __all__ = ["GGUF_TYPES", "HF_TYPES", "ModelConfig", "Rope", "from_gguf", "from_hf"]
 
 HF_TYPES = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), "decoder"),
-}
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma",
+         "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "gpt2", "gpt_bigcode", "gpt_neox"),
+        "decoder",
+    ),
+}  # fmt: skip
 GGUF_TYPES = {
-    **dict.fromkeys(("llama", "qwen2", "qwen3"), "decoder"),
-}
+    **dict.fromkeys(
+        ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3",
+         "olmo2", "granite", "gpt2", "starcoder", "gptneox"),
+        "decoder",
+    ),
+}  # fmt: skip
 
 
 def from_hf(data: Mapping[str, Any], name: str = "") -> ModelConfig:
