@@ -10,13 +10,14 @@ attributes; what follows `;` is comment. Lines that differ only by a layer numbe
     .end
 
 `{i}` and `{i+1}` stand for numbers inside names, so a fold is only shorthand: unfolded it is the
-same program.
+same program. Of a weight's own values, `64*0.5` stands for sixty-four equal ones.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 from lmclock.errors import FileError, LmclockError, ProgramError, choices
@@ -73,8 +74,23 @@ def _columns(lines: list[str]) -> list[str]:
 def _weight_line(w: Weight) -> str:
     line = f"weight   {w.name} {w.shape[0]}x{w.shape[1]} {w.format}"
     if w.values is not None:
-        line += " = " + " ".join(repr(v) for v in w.values)
+        runs = ((repr(v), len(list(same))) for v, same in groupby(w.values))
+        line += " = " + " ".join(f"{count}*{v}" if count > 3 else " ".join([v] * count)
+                                 for v, count in runs)  # fmt: skip
     return line
+
+
+def _values(text: str, shape: tuple[int, int]) -> tuple[float, ...]:
+    """Numbers with spaces between; `64*0.5` stands for sixty-four of them."""
+    found: list[float] = []
+    size = shape[0] * shape[1]
+    for word in text.split():
+        run = re.fullmatch(r"(\d{1,9})\*(\S+)", word)
+        count = min(int(run[1]), size + 1) if run else 1
+        found += [_number(run[2] if run else word, "float", "value")] * count
+    if len(found) != size:
+        raise ProgramError(f"{len(found)} values do not fill {shape[0]}x{shape[1]}")
+    return tuple(found)
 
 
 def _state_line(s: State) -> str:
@@ -263,9 +279,7 @@ class _Parser:
         shape = (int(match[2]), int(match[3]))
         values = None
         if match[5] is not None:
-            values = tuple(_number(v, "float", "value") for v in match[5].split())
-            if len(values) != shape[0] * shape[1]:
-                raise ProgramError(f"{len(values)} values do not fill {match[2]}x{match[3]}")
+            values = _values(match[5], shape)
         self.declare(self.weights, Weight(_name(match[1]), shape, match[4], values))
 
     def state(self, rest: str) -> None:

@@ -5,7 +5,8 @@
 
 A family file gives `names(config)`, the Hugging Face name of every weight it uses, `HARMLESS`, a
 pattern of tensors that may be ignored, and `build(config, builder, cache)`, which declares inputs,
-appends the instructions of each section and returns the states. Nothing is decoded or copied: the
+appends the instructions of each section and returns the states; `prefix(config)`, if it is there,
+is what may stand before those names. Nothing is decoded or copied: the
 weights are views of the file.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ FAMILIES = {
     "llama": "Llama, Mistral, Mixtral, SmolLM2, Qwen2 and Qwen3, Qwen-MoE, Gemma, Phi-3, OLMo-2, "
     "Granite",
     "gpt": "GPT-2, StarCoder, GPT-NeoX (Pythia)",
+    "bert": "BERT, MiniLM, RoBERTa, XLM-RoBERTa and DistilBERT",
 }
 MAX_CONFIG = 1 << 24
 
@@ -49,8 +51,13 @@ class Assembled:
     notes: tuple[str, ...] = ()
 
 
-def assemble(source: Reader | str | Path, cache: str = "f16") -> Assembled:
-    """The program of a model's folder or file, keys and values cached in format `cache`.
+def assemble(
+    source: Reader | str | Path,
+    cache: str = "f16",
+    change: Callable[[ModelConfig], ModelConfig] | None = None,
+) -> Assembled:
+    """The program of a model's folder or file, keys and values cached in format `cache`; `change`
+    may put in what the files leave open.
 
     FileError for files that are damaged, incomplete or contradict themselves, UnsupportedError for
     models and options lmclock lacks.
@@ -59,8 +66,12 @@ def assemble(source: Reader | str | Path, cache: str = "f16") -> Assembled:
         raise OptionError(f"cache={cache!r} is unknown; valid: {choices(CACHE_FORMATS)}")
     reader = source if isinstance(source, Reader) else open_weights(source)
     config = read_config(reader)
+    if change is not None:
+        config = change(config)
     family = importlib.import_module(f"lmclock.assemble.{config.family}")
-    stored = Stored(reader.tensors, family.names(config) if config.source == "hf" else None)
+    before = family.prefix(config) if hasattr(family, "prefix") else ""
+    names = family.names(config) if config.source == "hf" else None
+    stored = Stored(reader.tensors, names, before)
     builder = Builder(stored)
     states = family.build(config, builder, cache)
     notes = config.notes + stored.refuse_leftovers(family.HARMLESS, config.model)
@@ -80,8 +91,13 @@ def read_config(reader: Reader) -> ModelConfig:
     """The configuration in a GGUF file, or in the config.json beside safetensors files."""
     if isinstance(reader, GGUF):
         return from_gguf(reader.metadata, reader.tensors)
-    path = reader.path.parent / "config.json"
-    return from_hf(_json_object(path), _model_name(path.absolute().parent))
+    folder = reader.path.parent
+    data = _json(folder / "config.json")
+    if not isinstance(data, dict):
+        what = "is missing" if data is None else "holds no JSON object"
+        path = folder / "config.json"
+        raise FileError(f"{path} {what}: safetensors alone do not say what model they are of")
+    return from_hf(data, _model_name(folder.absolute()), lambda name: _json(folder / name))
 
 
 def _model_name(folder: Path) -> str:
@@ -91,23 +107,20 @@ def _model_name(folder: Path) -> str:
     return folder.name
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; duplicate keys and NaN are refused."""
+def _json(path: Path) -> Any:
+    """What a JSON file holds, None where there is none; duplicate keys and NaN are refused."""
     if not path.exists():
-        raise FileError(f"{path} is missing: safetensors alone do not say what model they are of")
+        return None
     file = map_file(path)
     try:
         if file.size > MAX_CONFIG:
             raise FileError(f"{path} has {file.size} bytes; valid: at most {MAX_CONFIG}")
         text = bytes(file.data).decode()
-        found = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not valid JSON: {error}") from None
     finally:
         file.close()
-    if not isinstance(found, dict):
-        raise FileError(f"{path} holds no JSON object")
-    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -94,11 +94,15 @@ class Stored:
     """The weights of one file under lmclock's own names, which are GGUF's without the endings.
 
     `names` maps them to another format's: `blk.{i}.attn_q` -> `model.layers.{i}.q_proj`. Either
-    side without its ending: a name that ends in .bias is a bias, any other a weight.
+    side without its ending: a name that ends in .bias is a bias, any other a weight; a bias that
+    does not lie beside its weight has an entry of its own. `prefix` may stand before a file's
+    names, and norms of old files end in .gamma and .beta.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None) -> None:
-        self.tensors = tensors
+    def __init__(
+        self, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None, prefix: str = ""
+    ) -> None:
+        self.tensors = tensors if names is None else _renamed(tensors, prefix)
         self.names = names
         self.used: set[str] = set()
         self.made: dict[str, View] = {}  # weights that the file holds in another form
@@ -114,6 +118,8 @@ class Stored:
         base, _, expert = pattern.rpartition(".")
         if pattern not in self.names and expert.isdecimal():
             pattern = base
+        if ending == ".bias" and pattern + ending in self.names:
+            pattern += ending
         if pattern not in self.names:
             return None
         found = self.names[pattern].replace("{i}", layer[0] if layer else "")
@@ -162,6 +168,23 @@ class Stored:
                 f"configuration: {listed(unknown)}"
             )
         return (f"tensors ignored: {listed(left)}",) if left else ()
+
+
+_OLD_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
+
+
+def _renamed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under the names that files of today have; FileError where two become one."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = name.removeprefix(prefix)
+        for old, ending in _OLD_ENDINGS.items():
+            if new.endswith(f"LayerNorm{old}"):
+                new = new.removesuffix(old) + ending
+        if new in found:
+            raise FileError(f"the file has tensor {name} twice, once under another name")
+        found[new] = tensor
+    return found
 
 
 def same_bytes(a: View, b: View) -> bool:

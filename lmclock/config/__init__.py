@@ -13,7 +13,8 @@ that translates a model type; it holds the options of the type in tables of the 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lmclock.config.common import ModelConfig, Rope
@@ -28,6 +29,7 @@ HF_TYPES = {
          "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "gpt2", "gpt_bigcode", "gpt_neox"),
         "decoder",
     ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "distilbert"), "encoder"),
 }  # fmt: skip
 GGUF_TYPES = {
     **dict.fromkeys(
@@ -35,11 +37,16 @@ GGUF_TYPES = {
          "olmo2", "granite", "gpt2", "starcoder", "gptneox"),
         "decoder",
     ),
+    "bert": "encoder",
 }  # fmt: skip
 
 
-def from_hf(data: Mapping[str, Any], name: str = "") -> ModelConfig:
-    """The configuration in a Hugging Face config.json, parsed."""
+def from_hf(
+    data: Mapping[str, Any], name: str = "", read: Callable[[str], Any] | None = None
+) -> ModelConfig:
+    """The configuration in a Hugging Face config.json, parsed; `read(name)` gives the JSON of a
+    file beside it, or None. A translator's `beside(config, read)` says what those files change.
+    """
     f = Fields("config.json", data)
     if f.take("auto_map") is not None:
         raise UnsupportedError("config.json has auto_map: remote code is never run by lmclock")
@@ -47,7 +54,10 @@ def from_hf(data: Mapping[str, Any], name: str = "") -> ModelConfig:
     if model not in HF_TYPES:
         message = f"model_type {model[:80]!r} is not supported; valid: {choices(HF_TYPES)}"
         raise UnsupportedError(message)
-    config: ModelConfig = _translator(HF_TYPES[model]).from_hf(f, model, name)
+    translator = _translator(HF_TYPES[model])
+    config: ModelConfig = translator.from_hf(f, model, name)
+    if read is not None and hasattr(translator, "beside"):
+        config = replace(config, **translator.beside(config, read))
     return config
 
 
