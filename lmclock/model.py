@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from lmclock.hardware.limits import Limits
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-DEFAULT_CONTEXT = 8192  # cached positions when neither caller nor model asks for fewer
+# Cached positions, or new tokens of a model that caches none, when nobody asks for fewer.
+DEFAULT_CONTEXT = 8192
 LISTING = ".lmc"  # ending of a program written by hand
 # What callers may write for each field of Sampling: our own name, and the names of other tools.
 ALIASES = {
@@ -180,6 +181,13 @@ class Model:
     def tokenizer(self) -> Tokeniser:
         return tokenizer_of(self.assembled)
 
+    @property
+    def endless(self) -> bool:
+        """Whether nothing bounds a sequence, as in a recurrence: then the default of max_new_tokens
+        is DEFAULT_CONTEXT.
+        """
+        return self.engine.facts.context is None and self.engine.cache.positions is None
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, of chat messages (through the model's template), or ids as given."""
         if isinstance(prompt, str):
@@ -271,6 +279,8 @@ class TextStream:
         self.cycles: list[Cycle] = []
         settings = sampling_of(sampling)
         ids = model.encode(prompt)
+        if max_new_tokens is None and model.endless:
+            max_new_tokens = DEFAULT_CONTEXT
         self.prompt_tokens = len(ids)
         self._pieces: list[str] = []
         self._decoder = model.tokenizer.stream(continued=True)

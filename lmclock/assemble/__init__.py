@@ -34,6 +34,8 @@ FAMILIES = {
     "Granite",
     "gpt": "GPT-2, StarCoder, GPT-NeoX (Pythia)",
     "bert": "BERT, MiniLM, RoBERTa, XLM-RoBERTa and DistilBERT",
+    "lstm": "LSTM language model and classifier, as torch.nn computes them",
+    "mlp": "feed-forward net",
 }
 MAX_CONFIG = 1 << 24
 

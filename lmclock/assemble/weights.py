@@ -90,13 +90,18 @@ def joined(name: str, parts: Iterable[Rows]) -> View:
     return View(name, (sum(part.count for part in parts), parts[0].tensor.shape[-1]), parts)
 
 
+class Whole(str):
+    """A tensor's name in a file as it stands, without an ending of .weight or .bias."""
+
+
 class Stored:
     """The weights of one file under lmclock's own names, which are GGUF's without the endings.
 
     `names` maps them to another format's: `blk.{i}.attn_q` -> `model.layers.{i}.q_proj`. Either
     side without its ending: a name that ends in .bias is a bias, any other a weight; a bias that
     does not lie beside its weight has an entry of its own. `prefix` may stand before a file's
-    names, and norms of old files end in .gamma and .beta.
+    names, and norms of old files end in .gamma and .beta. A
+    `Whole` name has no ending.
     """
 
     def __init__(
@@ -122,7 +127,9 @@ class Stored:
             pattern += ending
         if pattern not in self.names:
             return None
-        found = self.names[pattern].replace("{i}", layer[0] if layer else "")
+        found = self.names[pattern]
+        ending = "" if isinstance(found, Whole) else ending
+        found = found.replace("{i}", layer[0] if layer else "")
         return found.replace("{e}", expert) + ending  # without a number there is no such tensor
 
     def has(self, name: str) -> bool:

@@ -44,15 +44,24 @@ class Loading:
 
     def load(self, **changes: Any) -> Model:
         """The model on its machine; `changes` are further options of lmclock.model.load."""
-        return load(
+        model = load(
             self.name, machine=self.machine, level=self.level, threads=self.threads,
             context=self.context, chunk=self.chunk, cache=self.cache, **changes,
         )  # fmt: skip
+        _tell(model.assembled)
+        return model
 
     def program(self) -> tuple[Assembled, Program]:
         """What the model's files say, and its optimised program; no machine is needed."""
         assembled = assemble(pull(self.name), self.cache)
+        _tell(assembled)
         return assembled, optimise(assembled.program, self.level)
+
+
+def _tell(assembled: Assembled) -> None:
+    """What of the model's files is ignored, once, on stderr."""
+    for note in assembled.notes:
+        click.echo(f"lmclock: {note}", err=True)
 
 
 def _with(function: Function, *given: Function) -> Function:

@@ -30,6 +30,8 @@ HF_TYPES = {
         "decoder",
     ),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "distilbert"), "encoder"),
+    **dict.fromkeys(("lstm", "lstm_classifier"), "recurrent"),
+    "mlp": "mlp",
 }  # fmt: skip
 GGUF_TYPES = {
     **dict.fromkeys(

@@ -1,4 +1,5 @@
-"""A tokeniser from a Hugging Face folder: `tokenizer.json`, and the small files beside it.
+"""A tokeniser from a Hugging Face folder: `tokenizer.json`, and the small files beside it. The
+folder of a word-level model may hold a `vocab.txt` instead (words.py).
 
 `tokenizer.json` holds the vocabulary and the pipeline; `tokenizer_config.json` and
 `special_tokens_map.json` say which tokens begin and end a text, `generation_config.json` (or
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lmclock.errors import FileError, UnsupportedError, choices
+from lmclock.text import words
 from lmclock.text.pipeline import MODELS, build_model, build_pipelines, ids_around, spelling_of
 from lmclock.text.specials import Special, Specials
 from lmclock.text.tokeniser import Tokeniser
@@ -36,11 +38,12 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def from_folder(folder: str | Path) -> Tokeniser:
     """The tokeniser of a model folder; FileError names the file and what is wrong with it."""
     folder = Path(folder)
-    document = _read(folder / "tokenizer.json")
-    if document is None:
-        raise FileError(f"{folder} has no tokenizer.json")
+    source = folder / "tokenizer.json"
+    document = _read(source)
     config = _read(folder / "tokenizer_config.json") or {}
     config = {**(_read(folder / "special_tokens_map.json") or {}), **config}
+    if document is None:
+        source, document = _from_vocabulary(folder, config)
     generation = _read(folder / "generation_config.json") or {}
     if generation.get("eos_token_id") is None:
         generation = _read(folder / "config.json") or {}
@@ -50,9 +53,22 @@ def from_folder(folder: str | Path) -> Tokeniser:
     try:
         return _build(document, config, generation)
     except (FileError, UnsupportedError) as error:
-        raise type(error)(f"{folder / 'tokenizer.json'}: {error}") from None
+        raise type(error)(f"{source}: {error}") from None
     except RecursionError:
-        raise FileError(f"{folder / 'tokenizer.json'} is nested too deeply") from None
+        raise FileError(f"{source} is nested too deeply") from None
+
+
+def _from_vocabulary(folder: Path, config: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The file and what a tokenizer.json would say, for models whose words lie in a vocab.txt."""
+    path = folder / "vocab.txt"
+    model = (_read(folder / "config.json") or {}).get("model_type")
+    text = _text(path) if model in words.MODEL_TYPES else None
+    if text is None:
+        raise FileError(f"{folder} has no tokenizer.json")
+    try:
+        return path, words.document(text, config)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
 
 
 def _text(path: Path) -> str | None:
