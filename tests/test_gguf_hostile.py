@@ -58,7 +58,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "wrong magic": (b"GGUX" + SMALL[4:], "is not a GGUF file"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
     "web page": (b"<!DOCTYPE html><html>", "is a web page"),
-    "zip": (b"PK\3\4" + bytes(100), "convert it with"),
+    "zip": (b"PK\3\4" + bytes(100), "`lmclock convert FOLDER`"),
     "old ggml": (b"tjgg" + bytes(100), "before GGUF"),
     "version 0": (build(head=b"GGUF\0\0\0\0"), "version 0 is not supported; valid: 2 or 3"),
     "version 1": (build(head=b"GGUF\1\0\0\0"), "version 1 is not supported"),

@@ -171,7 +171,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "hole": (build(PAIR | {"b": tensor(5, 9, [1])}, bytes(9)), "b at 5 leaves a hole, at 4"),
     "overlap": (build(PAIR | {"b": tensor(3, 7, [1])}, bytes(8)), "b at 3 overlaps .*, at 4"),
     "same place": (build(PAIR | {"b": tensor(0, 4, [1])}, bytes(8)), "b at 0 overlaps"),
-    "zip": (b"PK\3\4" + bytes(100), "convert it with transformers"),
+    "zip": (b"PK\3\4" + bytes(100), "`lmclock convert FOLDER`"),
     "pickle": (b"\x80\2}q\0." + bytes(100), "which can run code"),
     "index without map": (b'{"metadata":{}}', "lacks weight_map"),
     "index of nothing": (b'{"weight_map":{}}', "lacks weight_map"),
@@ -368,7 +368,7 @@ def test_which_file_of_a_folder_is_opened(tmp_path: Path) -> None:
     refused("holds no .safetensors and no .gguf file")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\2}.")
     refused(
-        r"pytorch_model.bin is or may be a pickle, which can run code .*save_pretrained\(folder"
+        r"pytorch_model.bin is or may be a pickle, which can run code .*lmclock convert FOLDER`"
     )
     for ending in ("pt", "pth", "ckpt"):
         path = tmp_path / f"x.{ending}"

@@ -25,6 +25,7 @@ VERBS = {
     "bench": "prefill and decode speed, in llama-bench's columns",
     "calibrate": "measure the limits of this machine",
     "pull": "fetch a model",
+    "convert": "pytorch_model.bin to safetensors",
 }
 
 

@@ -87,8 +87,8 @@ def from_hf(f: Fields, model: str, name: str) -> LstmConfig:
 
 
 def _head(f: Fields) -> dict[str, Any]:
-    """What only a classifier may say. `scores`: softmax, sigmoid for labels that do not exclude each
-    other, none for a regression.
+    """What only a classifier may say. Scores are made by softmax, by sigmoid where labels do not
+    exclude each other, by nothing for a regression.
     """
     kinds = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid",
              "regression": "none"}  # fmt: skip

@@ -18,8 +18,6 @@ from lmclock.files.tensor import Reader, Tensor
 
 __all__ = ["GGUF", "Reader", "Safetensors", "Tensor", "open_weights"]
 
-INDEX = "model.safetensors.index.json"
-
 
 def open_weights(path: str | Path) -> Reader:
     """Open a GGUF or safetensors file, any shard of a GGUF set, an index, or a model's folder.
@@ -43,8 +41,8 @@ def open_weights(path: str | Path) -> Reader:
 
 def _weights_in(folder: Path) -> Path:
     """The file to open of a model's folder: an index, else safetensors, else GGUF."""
-    if (folder / INDEX).exists():
-        return folder / INDEX
+    if (folder / safetensors.INDEX).exists():
+        return folder / safetensors.INDEX
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     for ending in (".safetensors", ".gguf"):
         found = [name for name in names if name.endswith(ending) and not _later_shard(name)]

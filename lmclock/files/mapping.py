@@ -22,8 +22,8 @@ from lmclock.errors import FileError
 from lmclock.formats import Array
 
 PICKLE = (
-    "is or may be a pickle, which can run code when opened; where you trust it, convert it with "
-    "transformers: AutoModel.from_pretrained(folder).save_pretrained(folder)"
+    "is or may be a pickle, which can run code when opened, so lmclock does not open it; "
+    "`lmclock convert FOLDER` writes its tensors, and nothing else, to safetensors in a new folder"
 )
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
 # How files that people take for weights begin.

@@ -22,6 +22,7 @@ from lmclock.files.mapping import MappedFile, foreign, map_file
 from lmclock.files.tensor import MAX_TENSORS, Reader, Tensor, add_tensor, check_name, view
 from lmclock.formats import FORMATS, Format
 
+INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # of the format
 MAX_INDEX = 1 << 25
 MAX_METADATA = 1 << 16
@@ -62,18 +63,18 @@ class Safetensors(Reader):
 
     @classmethod
     def _from_index(cls, path: Path, index: MappedFile) -> Self:
-        weight_map = _weight_map(index)
+        places = weight_map(index)
         metadata: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         files = []
-        for name in dict.fromkeys(weight_map.values()):
-            file = map_file(_inside(path, name))
+        for name in dict.fromkeys(places.values()):
+            file = map_file(inside(path, name))
             files.append(file)
             more, found = _validate(file)
             metadata |= more
             for tensor in found.values():
                 add_tensor(file.path, tensors, tensor)
-            missing = [key for key, at in weight_map.items() if at == name and key not in found]
+            missing = [key for key, at in places.items() if at == name and key not in found]
             if missing:
                 raise FileError(f"{file.path} lacks tensor {missing[0]}, which {path.name} names")
         return cls(path, metadata, tensors, files)
@@ -243,23 +244,23 @@ def _views(file: MappedFile, entries: list[_Entry], data_start: int) -> dict[str
     }
 
 
-def _weight_map(index: MappedFile) -> dict[str, str]:
-    """The `weight_map` of an index file: tensor name -> shard name."""
+def weight_map(index: MappedFile, ending: str = ".safetensors") -> dict[str, str]:
+    """The `weight_map` of an index file: tensor name -> shard name, which has that ending."""
     if index.size > MAX_INDEX:
         raise FileError(f"{index.path} has {index.size} bytes; valid: at most {MAX_INDEX}")
     try:
         found = json.loads(bytes(index.data), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{index.path} is not a valid index: {error}") from error
-    weight_map = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    places = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(places, dict) or not places:
         raise FileError(f"{index.path} lacks weight_map, which says where each tensor lies")
-    for name, shard in weight_map.items():
-        plain = isinstance(shard, str) and re.fullmatch(r"[\w.-]+\.safetensors", shard)
+    for name, shard in places.items():
+        plain = isinstance(shard, str) and re.fullmatch(r"[\w.-]+" + re.escape(ending), shard)
         if not plain or shard.startswith("."):
-            valid = "a plain file name that ends in .safetensors"
+            valid = f"a plain file name that ends in {ending}"
             raise FileError(f"{index.path} puts {name[:80]} in {str(shard)[:80]!r}; valid: {valid}")
-    return weight_map
+    return places
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -269,7 +270,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _inside(index: Path, name: str) -> Path:
+def inside(index: Path, name: str) -> Path:
     """The shard beside `index`; FileError where a link leads elsewhere.
 
     A download cache of huggingface_hub keeps `snapshots/REVISION/` as links into `blobs/`: that is
