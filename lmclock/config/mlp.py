@@ -21,7 +21,17 @@ ACTIVATIONS = {
     "relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu", "tanh": "tanh",
     "sigmoid": "sigmoid", "none": "none",
 }  # fmt: skip
-HF_TYPES = ("mlp",)
+
+
+@dataclass(frozen=True)
+class HfType:
+    """What a `model_type` fixes."""
+
+    family: str
+    architecture: str
+
+
+HF_TYPES = {"mlp": HfType("mlp", "Mlp")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +49,8 @@ class MlpConfig(ModelConfig):
 
 def from_hf(f: Fields, model: str, name: str) -> MlpConfig:
     """The configuration in a config.json of model type mlp."""
-    refuse_other_uses(f, ("Mlp",))
+    row = HF_TYPES[model]
+    refuse_other_uses(f, (row.architecture,))
     sizes = f.take("layer_sizes")
     if not isinstance(sizes, list) or not 2 <= len(sizes) <= MAX_LAYERS + 1:
         raise f.wrong(
@@ -57,7 +68,7 @@ def from_hf(f: Fields, model: str, name: str) -> MlpConfig:
             f"{f.where}: {len(labels)} labels, but layer_sizes ends with {sizes[-1]} outputs"
         )
     return MlpConfig(
-        family="mlp", model=model, source="hf", name=name, vocab=0, context=0,
+        family=row.family, model=model, source="hf", name=name, vocab=0, context=0,
         sizes=tuple(sizes), acts=tuple(ACTIVATIONS[act] for act in (*hidden, last)),
         bias=f.flag("bias", True), labels=labels, modules=_modules(f, layers),
         notes=f.rest(HARMLESS, f"model_type {model}"),

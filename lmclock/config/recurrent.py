@@ -52,13 +52,14 @@ class LstmConfig(ModelConfig):
 class HfType:
     """What a `model_type` fixes."""
 
+    family: str
     architecture: str
     classifies: bool = False
 
 
 HF_TYPES = {
-    "lstm": HfType("LstmForCausalLM"),
-    "lstm_classifier": HfType("LstmForSequenceClassification", classifies=True),
+    "lstm": HfType("lstm", "LstmForCausalLM"),
+    "lstm_classifier": HfType("lstm", "LstmForSequenceClassification", classifies=True),
 }
 
 
@@ -68,7 +69,7 @@ def from_hf(f: Fields, model: str, name: str) -> LstmConfig:
     refuse_other_uses(f, (row.architecture,))
     hidden = f.integer("hidden_size")
     config = LstmConfig(
-        family="lstm", model=model, source="hf", name=name, vocab=f.integer("vocab_size"),
+        family=row.family, model=model, source="hf", name=name, vocab=f.integer("vocab_size"),
         context=f.integer("max_position_embeddings", 0, low=0),
         layers=f.integer("num_layers", 1, high=MAX_LAYERS),
         embedding=f.integer("embedding_size", hidden), hidden=hidden,
