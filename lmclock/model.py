@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -97,6 +97,8 @@ def load(
         if context > most:
             raise OptionError(f"context={context} is more than the model was made for, {most}")
         program = optimise(assembled.program, level, keep)
+        if context:  # pages round it up: what does not fit is to be said by this number
+            program = replace(program, context=context)
         tokens = sequences * (context or min(most, DEFAULT_CONTEXT))
         capacity = capacity_for(
             program, sequences=sequences, tokens=tokens, chunk=chunk, picks=picks

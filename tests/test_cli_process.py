@@ -76,14 +76,52 @@ def test_ctrl_c_while_importing_ends_at_once(folder: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
+def test_a_context_is_no_more_than_was_asked_for(folder: Path) -> None:
+    done = process(f"{RUN} -p 'the clock' -n 9 -c 8", folder)
+    assert done.code == 1 and "does not fit: the context of the model is 8 tokens" in done.err
+
+
 def test_a_reader_that_leaves_ends_the_command_quietly(folder: Path) -> None:
     for line in (f"{RUN} -p hi --ignore-eos", "disasm tiny.gguf --json"):
-        command = f"{sys.executable} -m lmclock {line} | head -c 1; exit ${{PIPESTATUS[0]}}"
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=environment(folder),
-            capture_output=True, timeout=120,
-        )  # fmt: skip
-        assert done.stderr == b"" and len(done.stdout) == 1 and done.returncode in (0, 1)
+        done = shell(f"$LMCLOCK {line} | head -c 1; exit ${{PIPESTATUS[0]}}", folder)
+        assert done.err == "" and len(done.out) == 1 and done.code in (0, 1)
+
+
+def shell(command: str, folder: Path, **changes: str) -> Done:
+    """A line of bash, in which LMCLOCK is the command."""
+    changes["LMCLOCK"] = f"{sys.executable} -m lmclock"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment(folder, **changes),
+                          capture_output=True, timeout=120)  # fmt: skip
+    return Done(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode())
+
+
+def test_closed_streams_read_as_empty_and_swallow_what_is_written(folder: Path) -> None:
+    for verb in ("disasm tiny.gguf", f"{RUN} -p hi -n 2"):
+        assert shell(f"$LMCLOCK {verb} >&-", folder) == Done(0, "", "")
+    said = shell(f"$LMCLOCK {RUN} -p hi -n 2", folder)
+    assert shell(f"$LMCLOCK {RUN} -p hi -n 2 2>&-", folder) == said
+    assert shell(f"$LMCLOCK {RUN} <&-", folder) == Done(0, "", "")
+    done = shell(f"$LMCLOCK {RUN} -f - <&-", folder)
+    assert done == Done(1, "", "lmclock: the prompt is empty; it needs at least 1 token\n")
+
+
+def test_output_that_cannot_be_written_is_one_sentence(folder: Path) -> None:
+    for verb in ("disasm tiny.gguf", f"{RUN} -p hi -n 2", "pull tiny.gguf"):
+        done = shell(f"$LMCLOCK {verb} > /dev/full", folder)
+        full = "lmclock: cannot write the output: No space left on device\n"
+        assert done == Done(1, "", full), verb
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_text_that_is_not_utf8_is_refused(folder: Path, locale: str) -> None:
+    for line, what in (
+        (f"printf 'caf\\xe9\\n' | $LMCLOCK {RUN}", "the input"),
+        (f"printf 'caf\\xe9' | $LMCLOCK {RUN} -f -", "prompt file -"),
+        (f"$LMCLOCK {RUN} -p $'caf\\xe9'", "-p"),
+        (f"$LMCLOCK {RUN} -p hi -sys $'caf\\xe9'", "--system"),
+    ):
+        done = shell(line, folder, LC_ALL=locale)
+        assert done == Done(1, "", f"lmclock: {what} is not UTF-8: byte 3 is wrong\n"), line
 
 
 def test_a_home_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:

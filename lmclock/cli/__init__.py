@@ -2,12 +2,14 @@
 
 An error a user can cause is one sentence on stderr and exit code 1 (2 for wrong usage, as click
 has it). When whoever reads the output has gone, the command ends quietly with 1, as click has it;
-Ctrl-C exits with 130.
+Ctrl-C exits with 130. A standard stream that was closed reads as empty and swallows what is
+written.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 
@@ -72,8 +74,12 @@ def group() -> None:
 
 def main() -> None:
     """Run what the command line says, and exit."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, until the end
     try:
         code = group.main(prog_name="lmclock", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Abort:
         code = 130
     except click.exceptions.Exit as done:
@@ -83,6 +89,16 @@ def main() -> None:
         code = error.exit_code
     except LmclockError as error:
         click.echo(f"lmclock: {error}", err=True)
+        code = 1
+    except MemoryError:
+        click.echo("lmclock: there is not enough memory for this", err=True)
+        code = 1
+    except OSError as error:
+        if error.filename is not None:  # no output: something that should have had its own sentence
+            raise
+        click.echo(f"lmclock: cannot write the output: {error.strerror}", err=True)
+        # What is left of it would fail again at exit.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         code = 1
     except KeyboardInterrupt:
         code = 130

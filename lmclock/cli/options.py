@@ -158,6 +158,7 @@ def prompt_options(function: Function) -> Function:
     def command(prompt: str | None, prompt_file: str | None, **rest: Any) -> Any:
         if prompt is not None and prompt_file is not None:
             raise click.UsageError("-p and -f both give a prompt; give one")
+        check_text("-p", prompt or "")
         return function(prompt=prompt if prompt_file is None else _read(prompt_file), **rest)
 
     return _with(
@@ -165,6 +166,17 @@ def prompt_options(function: Function) -> Function:
         click.option("-p", "--prompt", help="The text to continue."),
         click.option("-f", "--file", "prompt_file", metavar="FILE", help="Read it (-: stdin)."),
     )
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse what is not UTF-8: Python has surrogates for it in arguments, and in standard input
+    under locale C.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        at = len(text[: error.start].encode())
+        raise FileError(f"{what} is not UTF-8: byte {at} is wrong") from None
 
 
 def _read(name: str) -> str:

@@ -47,6 +47,7 @@ def command(
 ) -> None:
     if as_json and prompt is None:
         raise click.UsageError("--json needs a prompt (-p or -f)")
+    options.check_text("--system", system or "")
     with loading.load() as model:
         if prompt is None:
             _chat(model, system, sampling)
@@ -125,6 +126,7 @@ def _turns(terminal: bool) -> Iterator[str]:
             return
         except UnicodeDecodeError as error:
             raise LmclockError(f"the input is not UTF-8: byte {error.start} is wrong") from None
+        options.check_text("the input", line)
         if (not terminal and not line) or line.strip() == "/exit":
             return
         if line.strip():

@@ -12,6 +12,7 @@ moved branch included; `check=True` asks the hub again.
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +45,8 @@ def pull_repository(spec: str, progress: Progress, check: bool) -> Path:
         if known.exists():
             return known
     hub = _huggingface_hub()
+    # It warns of each of its attempts; what came of them is said below.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     progress(f"pulling {spec[3:]}", 0, None)
     # Network errors are those of the HTTP library in use, which is a base of the hub's own error.
     failures = (*hub.errors.HfHubHTTPError.__bases__, OSError, ValueError)
