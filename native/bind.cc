@@ -37,6 +37,7 @@ void assign(std::vector<T>& to, const Span<T>& from) {
 }  // namespace
 
 void Machine::bind(const BatchSource& batch) {
+  if (!loaded_) refuse("no program is loaded");
   bound_ = false;
   std::fill(holder_.begin(), holder_.end(), -1);
   for (StateGroup& group : groups_) std::fill(group.written.begin(), group.written.end(), 0);

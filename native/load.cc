@@ -60,12 +60,38 @@ int64_t Machine::rows_capacity(int32_t space) const {
   return capacity_.rows;
 }
 
-void Machine::load(const ProgramSource& source) {
-  capacity_ = source.capacity;
-  inputs_ = source.inputs;
-  bound_ = false;
+// What a load that fails half-way would leave: states without memory, sections without weights.
+void Machine::unload() {
+  loaded_ = bound_ = false;
+  sections_.clear();
+  states_.clear();
+  groups_.clear();
   ropes_.clear();
   bias_tables_.clear();
+  holder_.clear();
+  packed_ = Memory();
+  buffers_ = Memory();
+}
+
+void Machine::load(const ProgramSource& source) {
+  unload();
+  capacity_ = source.capacity;
+  inputs_ = source.inputs;
+  try {
+    load_all(source);
+  } catch (const std::bad_alloc&) {
+    unload();
+    throw Failure{"ContextError", "the weights, the cache and the buffers of " +
+                                      std::to_string(capacity_.rows) +
+                                      " rows do not fit into memory"};
+  } catch (...) {
+    unload();
+    throw;
+  }
+  loaded_ = true;
+}
+
+void Machine::load_all(const ProgramSource& source) {
   load_weights(source);
   load_values(source);
   load_states(source);

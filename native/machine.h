@@ -102,7 +102,8 @@ class Machine {
   // Whether this build has a function for the opcode.
   static bool has(const Kernels& kernels, int opcode);
 
-  void load(const ProgramSource& source);  // Failure names a tensor whose scales are not finite
+  // Failure names a tensor whose scales are not finite; then, or without memory, nothing is loaded.
+  void load(const ProgramSource& source);
   void bind(const BatchSource& batch);
   // Stamps: [instruction][thread][begin, end] for instructions first .. last - 1.
   RunFault run(int section, int64_t first, int64_t last, int64_t* stamps);
@@ -154,6 +155,8 @@ class Machine {
     std::vector<uint8_t> valid;
   };
 
+  void unload();
+  void load_all(const ProgramSource& source);
   void load_weights(const ProgramSource& source);
   void load_values(const ProgramSource& source);
   void load_states(const ProgramSource& source);
@@ -211,7 +214,7 @@ class Machine {
     int64_t tile = 16, row = 16, shared = 16, record = kAlign, record_rows = 1;
   } need_;
 
-  bool bound_ = false, samples_given_ = false;
+  bool loaded_ = false, bound_ = false, samples_given_ = false;
   SpaceMemory spaces_[4];
   std::vector<int32_t> slots_, pick_, page_numbers_, page_starts_, lengths_;
   std::vector<size_t> table_firsts_;

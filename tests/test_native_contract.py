@@ -332,6 +332,54 @@ def test_a_number_that_is_not_finite_is_refused_with_its_tensor(form: str, bad: 
     machine.load(program, weights, Capacity())
 
 
+def test_after_a_load_that_failed_nothing_is_loaded_until_one_succeeds() -> None:
+    good = op_program("store kv[0], x, x\nlinear y, x, w", "input x tok f32 width=32\n"
+                      "weight w 3x32 f32\nstate kv[1] paged heads=1 key=32 value=32")  # fmt: skip
+    weights = random_weights(good)
+    infinite = {"w": stored("w", np.full((3, 32), np.inf, np.float32))}
+    huge = Capacity(8, page_size=2**20, pages={"kv": 2**31 - 1})
+    unknown = op_program("loss l, x, t", "input x tok f32 width=4\ninput t tok ids\n")
+    failures: list[tuple[type[LmclockError], Program, Any, Capacity]] = [
+        (FileError, good, infinite, Capacity(8)),
+        (ContextError, good, weights, huge),
+        (ProgramError, good, {}, Capacity(8)),
+        (UnsupportedError, unknown, {}, Capacity(8)),
+    ]
+    machine = create("native", threads=2)
+    x = numbers(2, 32)
+    room = Capacity(8, page_size=PAGE_SIZE, pages={"kv": 4})
+    some = Batch({"tok": Rows.of([(0, 2)]), "src": Rows.of([(0, 0)])}, {"x": x},
+                 np.zeros(1, np.int32), {"kv": [np.zeros(1, np.int32)]},
+                 page_size=PAGE_SIZE)  # fmt: skip
+    uses = (
+        lambda: machine.bind(some),
+        lambda: machine.run("step"),
+        machine.commit,
+        lambda: machine.read("y"),
+        lambda: machine.write("x", x),
+        lambda: machine.copy("kv", [(0, 1)]),
+    )
+    for use in uses:
+        with pytest.raises(ProgramError, match="no program is loaded"):
+            use()
+    for kind, program, given, capacity in failures:
+        with pytest.raises(kind):
+            machine.load(program, given, capacity)
+        for use in uses:
+            with pytest.raises(ProgramError, match="no program is loaded, since the last load"):
+                use()
+        machine.load(good, weights, room)
+        with pytest.raises(ProgramError, match="no batch is bound"):
+            machine.run("step")
+        machine.bind(some)
+        machine.run("step")
+        np.testing.assert_allclose(machine.read("y"), x @ weights["w"].unpack().T, atol=1e-5)
+    machine.close()
+    for use in uses:
+        with pytest.raises(ProgramError, match="the machine is closed"):
+            use()
+
+
 def test_batches_that_do_not_fit_are_refused() -> None:
     program = verify(llama(cache="f32"))
     runner = native(program, random_weights(program))

@@ -33,7 +33,7 @@ def create(threads: int | None = None, path: str | None = None) -> NativeMachine
     """
     path = path or settings.simd_path()
     valid = _native.simd_paths()
-    if path is not None and path not in valid:
+    if path is not None and path not in (*valid, *_native.emulated_paths()):
         raise OptionError(f"path={path!r} is not available here; valid: {choices(valid)}")
     return NativeMachine(settings.threads() if threads is None else threads, path)
 
@@ -48,6 +48,7 @@ class NativeMachine(Machine):
         source, rate = _native.tick_source()
         self.now = _native.ticks  # type: ignore[method-assign]
         self.path: str = self._core.path
+        self._absent = "no program is loaded"  # why nothing can be run; empty when it can
         self.traits = Traits("native", threads, tuple(FORMATS), rate, source)
 
     # --- load
@@ -59,6 +60,7 @@ class NativeMachine(Machine):
         capacity: Capacity,
         keep: Sequence[str] = (),
     ) -> None:
+        self._absent = "no program is loaded, since the last load failed"
         _check_supported(program, self.path)
         self.program, self.capacity = program, capacity
         self._section_names = [section.name for section in program.sections]
@@ -85,10 +87,13 @@ class NativeMachine(Machine):
         )  # fmt: skip
         self._paged = [s.name if s.kind != "fixed" else None for s in program.states]
         self._inputs = [(i.name, "i" if i.ids else "f") for i in program.inputs]
+        self._absent = ""
 
     # --- cycles
 
     def bind(self, batch: Batch) -> None:
+        if self._absent:
+            raise ProgramError(self._absent)
         if batch.page_size != self.capacity.page_size:
             raise ProgramError(
                 f"the batch has pages of {batch.page_size}, "
@@ -97,6 +102,8 @@ class NativeMachine(Machine):
         self._core.bind(batch, self._inputs, self._paged, np.ascontiguousarray)
 
     def run(self, section: str, first: int = 0, last: int | None = None) -> Ticks:
+        if self._absent:
+            raise ProgramError(self._absent)
         number = self._sections.get(section)
         if number is None:
             self.program.section(section)  # says what there is
@@ -122,6 +129,8 @@ class NativeMachine(Machine):
         return Ticks(begin, end, table, first)
 
     def commit(self) -> None:
+        if self._absent:
+            raise ProgramError(self._absent)
         self._core.commit()
 
     def read(self, value: str) -> np.ndarray:
@@ -139,6 +148,8 @@ class NativeMachine(Machine):
         self._core.write(self._sections[section], number, _array(array, old.dtype))
 
     def copy(self, state: str, pairs: Sequence[tuple[int, int]]) -> None:
+        if self._absent:
+            raise ProgramError(self._absent)
         declared, _ = self.program.state(f"{state}[0]")
         self._core.copy(self.program.states.index(declared), _array(np.array(pairs).reshape(-1)))
 
@@ -147,12 +158,14 @@ class NativeMachine(Machine):
         return ticks
 
     def close(self) -> None:
-        self._core = None
+        self._core, self._absent = None, "the machine is closed"
 
     # --- inside
 
     def _find(self, value: str) -> tuple[str, int]:
         """The section, last run first, that defines `value`, and the value's number."""
+        if self._absent:
+            raise ProgramError(self._absent)
         for section in (self._last_section, *self._section_names):
             if value in self._numbers[section]:
                 return section, self._numbers[section][value]
