@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lmclock.errors import OptionError, choices
 
-SIMD_PATHS = ("scalar", "avx2", "avx512", "amx", "neon")
+SIMD_PATHS = ("scalar", "avx2", "avx512", "amx", "neon", "neon_i8mm")
 
 VARIABLES = {
     "LMCLOCK_CACHE": "folder for models and calibrations (default: the user's cache folder)",

@@ -118,8 +118,9 @@ struct Glu {
 enum class Function : uint8_t { exp, tanh, sigmoid, normal_cdf, silu, gelu_tanh, gelu, relu };
 
 struct Kernels {
-  const char*
-      name;  // "scalar", "avx2", "avx512", "amx" (avx512 with AMX tiles for many rows), "neon"
+  // "scalar", "avx2", "avx512", "amx" (avx512 with AMX tiles for many rows), "neon" (with dot
+  // products), "neon_i8mm" (with those of mixed signs and of bf16)
+  const char* name;
 
   // Packs panels [p0, p1) of GGUF rows (outputs, width) of `format` to dst + p * panel_stride.
   // Returns true when every scale (float formats: every value) is finite. width must be a multiple
@@ -156,6 +157,10 @@ struct Kernels {
 // The tables this processor can run, widest first (found once through cpuid, xgetbv and, for AMX,
 // the kernel's permission).
 const std::vector<const Kernels*>& available_kernels();
+
+// Tables whose instructions are emulated, for tests that the processor could not run otherwise:
+// "amx_emulated", where the build was asked for it. Never chosen unless forced.
+const std::vector<const Kernels*>& emulated_kernels();
 
 // The widest table, or the one called `forced`; nullptr when this build or processor lacks it.
 const Kernels* select_kernels(const char* forced);

@@ -8,6 +8,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__) && defined(LMCLOCK_NEON)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -24,11 +28,12 @@ LM_DECLARE(scalar)
 LM_DECLARE(avx2)
 LM_DECLARE(avx512)
 namespace avx512 {
-extern const Kernels kAmxKernels;
+extern const Kernels kAmxKernels, kEmulatedAmxKernels;
 }
 #endif
 #if defined(LMCLOCK_NEON)
 LM_DECLARE(neon)
+LM_DECLARE(neon_i8mm)
 #endif
 
 namespace {
@@ -105,6 +110,19 @@ bool has_amx() {
 bool is_intel() { return false; }
 #endif
 
+#if defined(LMCLOCK_NEON)
+#if defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+bool has_i8mm() {
+  constexpr unsigned long kWanted = HWCAP2_I8MM | HWCAP2_BF16;
+  return has_dotprod() && (getauxval(AT_HWCAP2) & kWanted) == kWanted;
+}
+#else  // every Apple processor that runs 64-bit macOS has dot products, not every one the rest
+bool has_dotprod() { return true; }
+bool has_i8mm() { return false; }
+#endif
+#endif
+
 std::vector<const Kernels*> find_kernels() {
   std::vector<const Kernels*> found;
 #if defined(LMCLOCK_X86)
@@ -113,7 +131,8 @@ std::vector<const Kernels*> find_kernels() {
   if (has_avx2()) found.push_back(&avx2::kKernels);
 #endif
 #if defined(LMCLOCK_NEON)
-  found.push_back(&neon::kKernels);
+  if (has_i8mm()) found.push_back(&neon_i8mm::kKernels);
+  if (has_dotprod()) found.push_back(&neon::kKernels);
 #endif
   found.push_back(&scalar::kKernels);
   return found;
@@ -152,9 +171,21 @@ const std::vector<const Kernels*>& available_kernels() {
   return found;
 }
 
+const std::vector<const Kernels*>& emulated_kernels() {
+  static const std::vector<const Kernels*> found = [] {
+    std::vector<const Kernels*> kernels;
+#if defined(LMCLOCK_EMULATED_TILES)
+    if (has_avx512()) kernels.push_back(&avx512::kEmulatedAmxKernels);
+#endif
+    return kernels;
+  }();
+  return found;
+}
+
 const Kernels* select_kernels(const char* forced) {
-  for (const Kernels* kernels : available_kernels())
-    if (!forced || std::strcmp(kernels->name, forced) == 0) return kernels;
+  for (const auto* list : {&available_kernels(), &emulated_kernels()})
+    for (const Kernels* kernels : *list)
+      if (!forced || std::strcmp(kernels->name, forced) == 0) return kernels;
   return nullptr;
 }
 

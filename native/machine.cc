@@ -14,6 +14,7 @@ namespace avx512 { extern const Ops kOps; }
 #endif
 #if defined(LMCLOCK_NEON)
 namespace neon { extern const Ops kOps; }
+namespace neon_i8mm { extern const Ops kOps; }
 #endif
 
 namespace {
@@ -23,10 +24,11 @@ const Ops* ops_of(const Kernels& kernels) {
   const std::string name = kernels.name;
 #if defined(LMCLOCK_X86)
   if (name == "avx2") return &avx2::kOps;
-  if (name == "avx512" || name == "amx") return &avx512::kOps;
+  if (name == "avx512" || name == "amx" || name == "amx_emulated") return &avx512::kOps;
 #endif
 #if defined(LMCLOCK_NEON)
   if (name == "neon") return &neon::kOps;
+  if (name == "neon_i8mm") return &neon_i8mm::kOps;
 #endif
   return &scalar::kOps;
 }

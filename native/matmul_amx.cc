@@ -15,6 +15,15 @@
 #include "tables.h"
 #include "tile.h"
 
+#if defined(LMCLOCK_EMULATED_TILES)
+#include "tiles_emulated.h"
+#define LM_TABLE kEmulatedAmxKernels
+#define LM_PATH "amx_emulated"
+#else
+#define LM_TABLE kAmxKernels
+#define LM_PATH "amx"
+#endif
+
 namespace lmclock::LMCLOCK_PATH {
 
 namespace {
@@ -301,8 +310,8 @@ int64_t peak(int64_t rounds) {
 
 }  // namespace
 
-extern const Kernels kAmxKernels;
-const Kernels kAmxKernels = {"amx", pack,       unpack_rows, round_row, amx_linear, amx_glu,
-                             apply, peak<true>, peak<false>, peak_f32,  stream};
+extern const Kernels LM_TABLE;
+const Kernels LM_TABLE = {LM_PATH, pack,       unpack_rows, round_row, amx_linear, amx_glu,
+                          apply,   peak<true>, peak<false>, peak_f32,  stream};
 
 }  // namespace lmclock::LMCLOCK_PATH

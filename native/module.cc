@@ -265,14 +265,15 @@ void bind_kernels(nb::module_& m) {
       .def_prop_ro("shape", [](const Packed& p) { return nb::make_tuple(p.m.outputs, p.m.width); })
       .def_ro("finite", &Packed::finite,
               "Whether every scale is finite (float formats: every value).");
-  m.def(
-      "simd_paths",
-      [] {
-        std::vector<std::string> names;
-        for (const Kernels* k : available_kernels()) names.emplace_back(k->name);
-        return names;
-      },
-      "SIMD paths this build and processor offer, widest first.");
+  const auto names = [](const std::vector<const Kernels*>& list) {
+    std::vector<std::string> names;
+    for (const Kernels* k : list) names.emplace_back(k->name);
+    return names;
+  };
+  m.def("simd_paths", [names] { return names(available_kernels()); },
+        "SIMD paths this build and processor offer, widest first.");
+  m.def("emulated_paths", [names] { return names(emulated_kernels()); },
+        "Paths whose instructions are emulated, for tests.");
   m.def("layout_name", [](int format) { return layout_name(layout_of(format)); }, "format"_a);
   m.def("pack", &pack, "format"_a, "outputs"_a, "width"_a, "data"_a, "path"_a = nb::none(),
         "threads"_a = 1, "Pack GGUF rows (outputs, width) of a format code.");

@@ -1,7 +1,7 @@
 // The vector types of one SIMD path: 16 lanes of f32 (f32x16) and of 32-bit integers (i32x16).
 //
 // The one header through which kernels reach intrinsics. Each source that includes it is compiled
-// once per path with -DLMCLOCK_PATH=scalar | avx2 | avx512 | neon, and everything lives in
+// once per path with -DLMCLOCK_PATH=scalar | avx2 | avx512 | neon ..., and everything lives in
 // namespace lmclock::LMCLOCK_PATH: a function of one path must never be merged by the linker with
 // that of another. For the same reason path sources use no templates or inline functions of the
 // standard library that could be emitted out of line.
@@ -41,7 +41,9 @@ LM_INLINE constexpr void unroll(F&& f) {
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
-#else  // scalar, and neon: plain loops over 16 lanes, which the compiler turns into NEON as it can
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "simd_neon.h"
+#else
 #include "simd_scalar.h"
 #endif
 

@@ -14,7 +14,7 @@ from lmclock import _native
 from lmclock.formats import FORMATS, SCALE_WORDS, Format, round_q8_32, unpack
 from tests.helpers import arithmetic_error
 
-PATHS = _native.simd_paths()
+PATHS = [*_native.simd_paths(), *_native.emulated_paths()]
 ACTS = ("none", "q8_32", "bf16")
 ROWS = (1, 2, 3, 15, 16, 17)
 MOST_ROWS = 33
@@ -101,6 +101,18 @@ def test_bits_of_a_row_depend_on_no_other_row(path: str, fmt: Format, act: str) 
         assert np.array_equal(_native.linear(w, x[rows:], act), together[rows:])
     for threads in (2, 3, 5):
         assert np.array_equal(_native.linear(w, x, act, threads=threads), together)
+
+
+@each_path
+@pytest.mark.parametrize("name", ("q4_1", "q4_k", "q6_k", "q2_k", "bf16"))
+def test_many_rows_of_a_long_width(path: str, name: str) -> None:
+    """More rows than a many-row kernel takes at once, more of k than it expands at once."""
+    fmt, act, width = FORMATS[name], "bf16" if name == "bf16" else "q8_32", 2304
+    w, x = packed(fmt, 21, width, path), activations(150, width)
+    y = _native.linear(w, x, act)
+    assert np.array_equal(y[11:86], _native.linear(w, x[11:86], act))
+    reference = rounded(x, act).astype(np.float64) @ values(fmt, 21, width).astype(np.float64).T
+    assert arithmetic_error(y, reference) <= TOLERANCE
 
 
 @each_format

@@ -23,7 +23,7 @@ from lmclock.machines.native import NativeMachine
 from lmclock.program import Program
 from tests.helpers import arithmetic_error, numbers, op_program, random_weights, sampling, stored
 
-PATHS = _native.simd_paths()
+PATHS = [*_native.simd_paths(), *_native.emulated_paths()]
 TOLERANCE = 1e-7  # normalised mean square error of one instruction
 PAGES = 256
 ROWS = [0, 1, 2, 5, 16, 17, 33, 70]
