@@ -27,7 +27,7 @@ from lmclock.text import from_folder, from_gguf
 GGUF_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"model": None}, "tokenizer.ggml.model is missing"),
     "model type": ({"model": 3}, "tokenizer.ggml.model is 3; valid: str"),
-    "other model": ({"model": "rwkv"}, "'rwkv' is not supported; valid: gpt2 or llama"),
+    "other model": ({"model": "rwkv"}, "'rwkv' is not supported; valid: gpt2, llama"),
     "other pre": ({"pre": "x"}, "'x' is not a known pre-tokeniser; valid: default"),
     "no tokens": ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
     "empty": ({"tokens": []}, "has 0 tokens"),

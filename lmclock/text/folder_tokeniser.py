@@ -1,5 +1,5 @@
-"""A tokeniser from a Hugging Face folder: `tokenizer.json`, and the small files beside it. The
-folder of a word-level model may hold a `vocab.txt` instead (words.py).
+"""A tokeniser from a Hugging Face folder: `tokenizer.json`, and the small files beside it. Older
+folders have the vocabulary in other files (classic.py), those of word-level models too (words.py).
 
 `tokenizer.json` holds the vocabulary and the pipeline; `tokenizer_config.json` and
 `special_tokens_map.json` say which tokens begin and end a text, `generation_config.json` (or
@@ -18,8 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from lmclock.errors import FileError, UnsupportedError, choices
-from lmclock.text import words
-from lmclock.text.pipeline import MODELS, build_model, build_pipelines, ids_around, spelling_of
+from lmclock.text import classic, words
+from lmclock.text.pipeline import (
+    MODELS,
+    build_model,
+    build_pipelines,
+    ids_around,
+    pair_around,
+    spelling_of,
+)
 from lmclock.text.specials import Special, Specials
 from lmclock.text.tokeniser import Tokeniser
 from lmclock.text.vocabulary import (
@@ -59,16 +66,23 @@ def from_folder(folder: str | Path) -> Tokeniser:
 
 
 def _from_vocabulary(folder: Path, config: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The file and what a tokenizer.json would say, for models whose words lie in a vocab.txt."""
+    """The file and what a tokenizer.json would say, for folders that have none."""
     path = folder / "vocab.txt"
     model = (_read(folder / "config.json") or {}).get("model_type")
-    text = _text(path) if model in words.MODEL_TYPES else None
-    if text is None:
-        raise FileError(f"{folder} has no tokenizer.json")
     try:
-        return path, words.document(text, config)
+        if model in words.MODEL_TYPES:
+            text = _text(path)
+            found = None if text is None else words.document(text, config)
+        else:
+            path = path if path.exists() else folder / "vocab.json"
+            found = classic.document(
+                lambda name: _text(folder / name), lambda name: _read(folder / name), config
+            )
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
+    if found is None:
+        raise FileError(f"{folder} has no tokenizer.json, {classic.FILES}")
+    return path, found
 
 
 def _text(path: Path) -> str | None:
@@ -144,6 +158,7 @@ def _build(
         eos_ids=end_ids([*ends, *_ends(generation, len(pieces))], specials),
         prefix=prefix,
         suffix=suffix,
+        pair=pair_around(first),
         chat_template=_chat_template(config.get("chat_template")),
         **spelling_of(document.get("decoder")),
     )

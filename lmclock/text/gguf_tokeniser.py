@@ -1,4 +1,5 @@
-"""A tokeniser from the metadata of a GGUF file: byte-level BPE (`gpt2`) or SentencePiece (`llama`).
+"""A tokeniser from the metadata of a GGUF file: byte-level BPE (`gpt2`), SentencePiece (`llama`) or
+WordPiece (`bert`).
 
 Token types decide: control and unknown tokens are special, user-defined ones are found whole in any
 text, the rest is reached by merging only. Where a file is silent the format's readers fix the
@@ -19,6 +20,7 @@ from lmclock.text.tokeniser import Tokeniser
 from lmclock.text.vocabulary import (
     END_NAMES,
     SPACE,
+    Pair,
     Vocabulary,
     add_tokens,
     build_bpe,
@@ -29,7 +31,7 @@ from lmclock.text.vocabulary import (
     end_ids,
 )
 
-MODELS = ("gpt2", "llama")
+MODELS = ("gpt2", "llama", "bert")
 # Values of tokenizer.ggml.token_type; 5 is unused, 6 a byte, and both say what the piece says.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -59,6 +61,8 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokeniser:
         at = next(at for at, piece in enumerate(pieces) if ids[piece] != at)
         raise FileError(f"token {pieces[at]!r} is there twice, as {at} and {ids[pieces[at]]}")
     special, user = _kinds(keys, pieces, ids)
+    if model == "bert":
+        return _word_piece(keys, pieces, special)
     build = _byte_level if model == "gpt2" else _sentencepiece
     return build(keys, pieces, ids, special, user)
 
@@ -256,4 +260,50 @@ def _sentencepiece(
     spaces = [normalizers.Prepend(SPACE)] if space else []
     tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", SPACE)])
     add_tokens(tokenizer, ((Special(token, pieces[token]), False) for token in sorted(user)))
+    return Tokeniser(vocabulary, tokenizer, tokenizer)
+
+
+def _word_piece(keys: _Keys, pieces: list[str], special: set[int]) -> Tokeniser:
+    """WordPiece: pieces that begin a word have U+2581 before them, the others nothing."""
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+    from tokenizers.models import WordPiece
+
+    names = {"cls_token": ("cls_token_id", "bos_token_id"), "sep_token": ("seperator_token_id",
+             "eos_token_id"), "unk_token": ("unknown_token_id",)}  # fmt: skip
+    named = {}
+    for name, stated in names.items():
+        ids = [token for key in stated if (token := keys.token(key, len(pieces))) is not None]
+        default = f"[{name[:3].upper()}]"
+        if not ids and default not in pieces:
+            raise FileError(f"the file names no {name}, and no token is {default}")
+        named[name] = ids[0] if ids else pieces.index(default)
+    special = special | set(named.values())
+    spelled = [
+        piece if at in special else piece[1:] if piece.startswith(SPACE) else f"##{piece}"
+        for at, piece in enumerate(pieces)
+    ]
+    plain = {p: at for at, p in enumerate(spelled) if at not in special}
+    unknown = pieces[named["unk_token"]]
+    model = WordPiece(vocab=plain | {unknown: named["unk_token"]}, unk_token=unknown,
+                      max_input_chars_per_word=100)  # fmt: skip
+    tokenizer = Tokenizer(model)
+    # Readers of this format lower-case every text: the file has no flag of its own for it.
+    lower = keys.flag("normalizer.lowercase", True)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    cls, sep = named["cls_token"], named["sep_token"]
+    vocabulary = Vocabulary(
+        pieces=spelled,
+        spelling="words",
+        verbatim=frozenset(special),
+        specials=Specials((Special(token, pieces[token]) for token in sorted(special)),
+                          {name: pieces[token] for name, token in named.items()}),
+        bos_id=None,
+        eos_ids=frozenset(),
+        prefix=(cls,),
+        suffix=(sep,),
+        pair=Pair(((cls, 0),), ((sep, 0),), ((sep, 1),), (0, 1)),
+        strip_space=True,
+        continues="##",
+    )  # fmt: skip
     return Tokeniser(vocabulary, tokenizer, tokenizer)

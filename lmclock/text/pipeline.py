@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmclock.errors import FileError, UnsupportedError
 from lmclock.text.splits import SPLITS
-from lmclock.text.vocabulary import SPACE, build_bpe, check_byte_pieces, library_errors
+from lmclock.text.vocabulary import SPACE, Pair, build_bpe, check_byte_pieces, library_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -156,6 +156,30 @@ def ids_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if whole[at : at + len(inner)] == inner:
             return tuple(whole[:at]), tuple(whole[at + len(inner) :])
     raise FileError(f"post_processor adds {extra} tokens to a text; valid: 0 to {MAX_AROUND}")
+
+
+def pair_around(tokenizer: Tokenizer) -> Pair | None:
+    """What the file's post-processor puts around two texts, seen on two; None where it is more
+    than a few tokens, or nothing.
+    """
+    for text in ("a", "0", " ", "."):
+        with library_errors("post_processor cannot be used"):
+            found = tokenizer.encode(text, text, add_special_tokens=True)
+        marks = list(zip(found.ids, found.type_ids, strict=True))
+        owners = found.sequence_ids
+        firsts = [at for at, owner in enumerate(owners) if owner == 0]
+        others = [at for at, owner in enumerate(owners) if owner == 1]
+        if firsts and others:
+            break
+    else:
+        return None
+    between = marks[firsts[-1] + 1 : others[0]]
+    extra = len(marks) - len(firsts) - len(others)
+    if not between or extra > MAX_AROUND or firsts[-1] > others[0]:
+        return None
+    types = marks[firsts[0]][1], marks[others[0]][1]
+    before, after = marks[: firsts[0]], marks[others[-1] + 1 :]
+    return Pair(tuple(before), tuple(between), tuple(after), types)
 
 
 def spelling_of(decoder: object) -> dict[str, Any]:

@@ -36,6 +36,18 @@ class _Run:
     lstrip: bool = False
 
 
+@dataclass(frozen=True)
+class Marked:
+    """Token ids and token types of one text or a pair; `first` and `second` say where they begin
+    (`second` is the end where there is none).
+    """
+
+    ids: list[int]
+    types: list[int]
+    first: int
+    second: int
+
+
 class Tokeniser:
     """One vocabulary with the library tokenisers that merge it.
 
@@ -82,6 +94,29 @@ class Tokeniser:
                     ids.append(part.id)
         self._close(run, ids, None)
         return [*ids, *suffix]
+
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text with nothing around it, and which characters each one covers."""
+        if not isinstance(text, str):
+            raise OptionError(f"a text is a {type(text).__name__}; valid: text")
+        with library_errors("this text cannot be encoded", OptionError):
+            found = self._first.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    def around(self, first: Sequence[int], second: Sequence[int] | None = None) -> Marked:
+        """Token ids of one text or a pair, from `spans`, with what the file wants around them."""
+        if second is None:
+            prefix, suffix = self._around(None)
+            ids = [*prefix, *first, *suffix]
+            return Marked(ids, [0] * len(ids), len(prefix), len(ids))
+        pair = self._vocabulary.pair
+        if pair is None:
+            raise OptionError("this model's tokeniser takes single texts; valid: no second text")
+        a, b = ([(token, kind) for token in part]
+                for part, kind in zip((first, second), pair.types, strict=True))  # fmt: skip
+        marks = [*pair.before, *a, *pair.between, *b, *pair.after]
+        begin = len(pair.before), len(pair.before) + len(a) + len(pair.between)
+        return Marked([token for token, _ in marks], [kind for _, kind in marks], *begin)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, continued: bool = False) -> str:
         """The text of token ids; U+FFFD for bytes that are no character.

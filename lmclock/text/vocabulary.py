@@ -40,6 +40,18 @@ _LIKE_A_BYTE = re.compile("<0x[^<>]{0,8}>")
 
 
 @dataclass(frozen=True)
+class Pair:
+    """What stands before, between and after two texts, as (token id, token type); `types` are
+    those of the texts.
+    """
+
+    before: tuple[tuple[int, int], ...]
+    between: tuple[tuple[int, int], ...]
+    after: tuple[tuple[int, int], ...]
+    types: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """The tokens of one file.
 
@@ -47,8 +59,8 @@ class Vocabulary:
     how a piece stands for bytes: `byte_level` (each character is a byte, in GPT-2's alphabet),
     `metaspace` (U+2581 is a space, `<0x0A>` a byte), `words` (a space before each piece, unless it
     begins with `continues`). Pieces of `verbatim` ids are text as they stand. `prefix` and `suffix`
-    are the ids the file wants around a text; `strip_space` says that its first word has a space too
-    many.
+    are the ids the file wants around a text, `pair` those around two; `strip_space` says that its
+    first word has a space too many.
     """
 
     pieces: Sequence[str | None]
@@ -59,6 +71,7 @@ class Vocabulary:
     eos_ids: frozenset[int]
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
+    pair: Pair | None = None
     strip_space: bool = False
     continues: str = ""
     chat_template: str | None = None
