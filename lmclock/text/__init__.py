@@ -5,10 +5,11 @@ from lmclock.text.folder_tokeniser import from_folder
 from lmclock.text.gguf_tokeniser import from_gguf
 from lmclock.text.specials import Segment, Special, Specials
 from lmclock.text.template import Template
-from lmclock.text.tokeniser import Tokeniser, encode_chat
+from lmclock.text.tokeniser import Marked, Tokeniser, encode_chat
 
 __all__ = [
     "IncrementalDetokeniser",
+    "Marked",
     "Segment",
     "Special",
     "Specials",
