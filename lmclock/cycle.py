@@ -46,7 +46,9 @@ class Cycle:
 
     @property
     def kind(self) -> str:
-        """decode, prefill or mixed (encode when no token row ran)."""
+        """decode, prefill or mixed; encode when no token row ran, as in an encoder's cycles."""
+        if "tok" not in self.batch.rows:
+            return "encode"
         if self.prompt_rows and self.decode_rows:
             return "mixed"
         if self.prompt_rows:

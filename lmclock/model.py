@@ -5,6 +5,7 @@
     r = m.generate("The capital of France is", max_new_tokens=8)
     r.text, r.clock
     for piece in m.stream("Once upon a time"): print(piece, end="")
+    lmclock.load("minilm").embed(["a text", "another"])        # encoders: embed, classify
 
 `m.program`, `m.tokenizer` and `m.engine` are there to look at. One model belongs to one thread, in
 which several of its streams may be read by turns.
@@ -14,20 +15,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lmclock.assemble import Assembled, assemble
-from lmclock.engine import Engine, Event, Request, Sampling, capacity_for
-from lmclock.errors import LmclockError, OptionError, UnsupportedError, choices
+from lmclock.config.encoder import with_sentence
+from lmclock.encode import Encoder, Watch
+from lmclock.encode.classify import Classes, classify
+from lmclock.encode.embed import embed
+from lmclock.engine import Engine, Event, Request, capacity_for
+from lmclock.engine.sampling import sampling_of
+from lmclock.errors import LmclockError, OptionError, UnsupportedError
 from lmclock.files import GGUF
 from lmclock.files.pull import pull
 from lmclock.machines import Capacity, Machine, create
 from lmclock.passes import optimise
 from lmclock.program import Program
+from lmclock.reports.reply import Reply
 from lmclock.text import StopStrings, Tokeniser, encode_chat, from_folder, from_gguf
 
 if TYPE_CHECKING:
@@ -38,15 +47,8 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 # Cached positions, or new tokens of a model that caches none, when nobody asks for fewer.
 DEFAULT_CONTEXT = 8192
+TEXTS = 64  # of an encoder that may share a cycle
 LISTING = ".lmc"  # ending of a program written by hand
-# What callers may write for each field of Sampling: our own name, and the names of other tools.
-ALIASES = {
-    "repetition_penalty": "repetition",
-    "repeat_penalty": "repetition",
-    "presence_penalty": "presence",
-    "frequency_penalty": "frequency",
-}
-OPTIONS = ("max_new_tokens", "stop", "ignore_eos")  # of TextStream itself
 
 
 def load(
@@ -57,52 +59,50 @@ def load(
     threads: int | None = None,
     path: str | None = None,
     context: int = 0,
-    sequences: int = 1,
+    sequences: int | None = None,
     chunk: int = 512,
     cache: str = "f16",
     picks: int | None = None,
     keep: tuple[str, ...] = (),
     invariant: bool = False,
     prefix_reuse: bool = True,
+    pooling: str | None = None,
+    normalize: bool | None = None,
 ) -> Model:
-    """A model ready to generate.
+    """A model ready to generate, or to embed or classify texts.
 
     model      catalogue name, file or folder (see `lmclock pull`); a missing one is fetched
     machine    native, or array (the reference)
     level      optimisation: 0 as assembled, 1 fused, 2 fused and activations rounded
     threads    of the native machine; path: its SIMD path (default: the widest found)
     context    most positions of a sequence; 0: the model's, at most DEFAULT_CONTEXT
-    sequences  sequences that may run at once; chunk: most prompt rows of one of them in a cycle
+    sequences  sequences that may run at once (default: 1, of an encoder's texts TEXTS); chunk: most
+               prompt rows of one of them in a cycle
     cache      number format of keys and values: f32, f16 or q8_0
     keep       values that stay readable through `m.machine.read` after their last use
     picks      most rows of a cycle that get logits; invariant, prefix_reuse: see Engine
+    pooling    of an encoder whose files do not say: mean, cls, max, last or pooler; normalize: make
+               the length of its embeddings one
     """
-    if context < 0:
-        raise OptionError(f"context={context} is out of range; valid: 0 (the model's) or more")
-    if sequences < 1:
-        raise OptionError(f"sequences={sequences} is out of range; valid: 1 or more")
-    if machine != "native" and (threads, path) != (None, None):
-        raise OptionError(f"threads and path are options of machine 'native', not of {machine!r}")
-    if Path(model).suffix == LISTING:
-        raise UnsupportedError(
-            f"{model} is a listing, a program without tokenizer; valid: models (see pull). "
-            "`lmclock disasm` prints it, and examples/neurons.py runs one"
-        )
+    _check(model, machine, context, sequences, threads, path)
     options = {"threads": threads, "path": path} if machine == "native" else {}
     with ExitStack() as undo:
         maker = create(machine, **options)
         undo.callback(maker.close)
-        assembled = assemble(pull(model), cache)
+        assembled = assemble(pull(model), cache, lambda c: with_sentence(c, pooling, normalize))
         most = assembled.program.context or DEFAULT_CONTEXT
         if context > most:
             raise OptionError(f"context={context} is more than the model was made for, {most}")
         program = optimise(assembled.program, level, keep)
         if context:  # pages round it up: what does not fit is to be said by this number
             program = replace(program, context=context)
+        generates = program.has("step")
+        sequences = sequences or (1 if generates else TEXTS)
         tokens = sequences * (context or min(most, DEFAULT_CONTEXT))
         capacity = capacity_for(
-            program, sequences=sequences, tokens=tokens, chunk=chunk, picks=picks
-        )
+            program, sequences=sequences, tokens=tokens, chunk=chunk, picks=picks,
+            source=512 if generates else min(most, DEFAULT_CONTEXT),
+        )  # fmt: skip
         maker.load(program, assembled.weights, capacity, keep)
         undo.pop_all()
     return Model(
@@ -111,46 +111,22 @@ def load(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Reply:
-    """A finished continuation. `finish` is stop, length or cancelled.
-
-    `cycles` are those that ran while it was generated, other sequences' rows included; each takes
-    ten to twenty kilobytes for as long as the reply is kept.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish: str
-    prompt_tokens: int
-    model: Model = field(repr=False)
-    cycles: tuple[Cycle, ...] = field(repr=False)
-
-    @cached_property
-    def clock(self) -> ReplyClock:
-        """What the clock says of this reply; calibrates the machine the first time it is asked."""
-        return ReplyClock(self.model.clock(self.cycles), self.model.machine)
-
-
-class ReplyClock:
-    """Accounts of a reply's cycles; prints as one line, `summary` holds every number."""
-
-    def __init__(self, clock: Clock, machine: Machine) -> None:
-        self.clock, self.machine = clock, machine
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        """Numbers by kind of cycle, as `lmclock stat --json` prints them."""
-        from lmclock.reports.summary import summary
-
-        return summary(self.clock, self.machine.traits)
-
-    def __str__(self) -> str:
-        from lmclock.reports.summary import one_line
-
-        return one_line(self.clock)
-
-    __repr__ = __str__
+def _check(
+    model: str, machine: str, context: int, sequences: int | None, threads: int | None,
+    path: str | None,
+) -> None:  # fmt: skip
+    """What is wrong with the options of `load` whatever the model is."""
+    if context < 0:
+        raise OptionError(f"context={context} is out of range; valid: 0 (the model's) or more")
+    if sequences is not None and sequences < 1:
+        raise OptionError(f"sequences={sequences} is out of range; valid: 1 or more")
+    if machine != "native" and (threads, path) != (None, None):
+        raise OptionError(f"threads and path are options of machine 'native', not of {machine!r}")
+    if Path(model).suffix == LISTING:
+        raise UnsupportedError(
+            f"{model} is a listing, a program without tokenizer; valid: models (see pull). "
+            "`lmclock disasm` prints it, and examples/neurons.py runs one"
+        )
 
 
 class Model:
@@ -166,7 +142,7 @@ class Model:
     ) -> None:
         self.assembled, self.program, self.machine = assembled, program, machine
         self.config = assembled.config
-        self.streams: list[TextStream] = []  # those being read: each keeps the cycles it sees
+        self.streams: list[TextStream | Watch] = []  # each keeps the cycles it sees
         self._limits: Limits | None = None
         self.closed = False
         # The tokenizer's own end tokens are joined lazily, by each stream: token ids need none.
@@ -211,6 +187,20 @@ class Model:
             pass
         return text.reply
 
+    def cycles_of(self, prompt: str, **options: Any) -> tuple[Cycle, ...]:
+        """The cycles of a prompt's continuation (with `options` of `stream`); of an encoder, those
+        of one pass over the text.
+        """
+        if self.program.has("step"):
+            return self.generate(prompt, **options).cycles
+        watch = Watch()
+        self.streams.append(watch)
+        try:
+            self.encoder.run([part.marked for part in self.encoder.parts(prompt)])
+        finally:
+            self.streams.remove(watch)
+        return tuple(watch.cycles)
+
     def stream(self, prompt: Prompt, **options: Any) -> TextStream:
         """An iterator of text pieces; its `reply` is there when it has ended.
 
@@ -219,6 +209,19 @@ class Model:
         presence_penalty, frequency_penalty, window (how far penalties look back), seed, logit_bias.
         """
         return TextStream(self, prompt, **options)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What runs texts through the model; UnsupportedError when it is no encoder."""
+        return Encoder(self.engine, self.program, self.config, self.tokenizer)
+
+    def embed(self, texts: Sequence[str], truncate: bool = False) -> np.ndarray:
+        """(texts, width) float32: see encode/embed.py."""
+        return embed(self.encoder, texts, truncate)
+
+    def classify(self, texts: Sequence[str], second: Sequence[str] | None = None) -> list[Classes]:
+        """Classes and scores of texts, or of pairs; entities and answers: encode/classify.py."""
+        return classify(self.encoder, texts, second)
 
     def limits(self, progress: Callable[[str], None] | None = None) -> Limits:
         """The measured limits of the machine. `progress` hears when they must be measured first."""
@@ -274,6 +277,10 @@ class TextStream:
     ) -> None:
         if model.closed:
             raise LmclockError("this model is closed; load it again")
+        if not model.program.has("step"):
+            raise UnsupportedError(
+                f"model {model.program.name!r} does not generate; valid: {model.encoder.use}"
+            )
         self.model = model
         self.tokens: list[int] = []
         self.finish = ""  # why it ended
@@ -356,14 +363,3 @@ def tokenizer_of(assembled: Assembled) -> Tokeniser:
     if isinstance(reader, GGUF):
         return from_gguf(reader.metadata)
     return from_folder(Path(reader.path).parent)
-
-
-def sampling_of(options: Mapping[str, Any]) -> Sampling:
-    """Sampling settings from keyword options, other tools' names included."""
-    named = {ALIASES.get(name, name): value for name, value in options.items()}
-    valid = set(Sampling.__dataclass_fields__)
-    for name in named:
-        if name not in valid:
-            known = choices(sorted({*OPTIONS, *ALIASES, *valid}))
-            raise OptionError(f"option {name!r} is unknown; valid: {known}")
-    return Sampling(**named)

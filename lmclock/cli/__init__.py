@@ -22,6 +22,8 @@ VERBS = {
     "run": "generate text, or chat",
     "stat": "where the time goes, like perf stat",
     "trace": "write a trace that Perfetto opens",
+    "embed": "one vector for each text",
+    "classify": "classes of texts, entities in them, answers to questions",
     "disasm": "print a model as a program",
     "diff": "run two machines in lockstep and compare",
     "bench": "prefill and decode speed, in llama-bench's columns",

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmclock.assemble import Assembled, assemble
+from lmclock.engine.sampling import sampling_of
 from lmclock.errors import FileError, OptionError
 from lmclock.files.pull import pull
 from lmclock.machines import MACHINES
-from lmclock.model import Model, load, sampling_of
+from lmclock.model import Model, load
 from lmclock.passes import optimise
 from lmclock.program import CACHE_FORMATS, Program
 
@@ -177,6 +178,29 @@ def check_text(what: str, text: str) -> None:
     except UnicodeEncodeError as error:
         at = len(text[: error.start].encode())
         raise FileError(f"{what} is not UTF-8: byte {at} is wrong") from None
+
+
+def texts_options(function: Function) -> Function:
+    """TEXT... and -f, handed over as `texts`; without either, the lines of stdin."""
+
+    @functools.wraps(function)
+    def command(texts: tuple[str, ...], texts_file: str | None, **rest: Any) -> Any:
+        if texts and texts_file is not None:
+            raise click.UsageError("texts are given, and -f; give one of the two")
+        lines = list(texts) or _read(texts_file or "-").splitlines()
+        found = [line for line in lines if line.strip()]
+        for text in texts:
+            check_text("a text", text)
+        if not found:
+            raise click.UsageError("no text is given: TEXT..., -f FILE, or lines on stdin")
+        return function(texts=found, **rest)
+
+    return _with(
+        command,
+        click.argument("texts", metavar="[TEXT]...", nargs=-1),
+        click.option("-f", "--file", "texts_file", metavar="FILE",
+                     help="A text a line (-: stdin)."),
+    )  # fmt: skip
 
 
 def _read(name: str) -> str:

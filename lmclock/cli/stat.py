@@ -36,9 +36,9 @@ def command(
     with loading.load(prefix_reuse=False) as model:
         options.measure_limits(model)
         # One reply that does not count: pages are touched and caches warm when the clock starts.
-        model.generate(text, **{**sampling, "max_new_tokens": min(2, sampling["max_new_tokens"])})
-        reply = model.generate(text, **sampling)
-        report = summary(model.clock(reply.cycles), model.machine.traits)
+        model.cycles_of(text, **{**sampling, "max_new_tokens": min(2, sampling["max_new_tokens"])})
+        cycles = model.cycles_of(text, **sampling)
+        report = summary(model.clock(cycles), model.machine.traits)
     if as_json:
         options.print_json(report)
     else:

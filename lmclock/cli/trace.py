@@ -35,10 +35,10 @@ def command(
         sampling["max_new_tokens"] = 16
     _check_output(Path(output))
     with loading.load() as model:
-        reply = model.generate(text, **sampling)
+        cycles = model.cycles_of(text, **sampling)
         try:
             with open(output, "w", encoding="utf-8") as file:
-                written = write_trace(reply.cycles, model.program, model.machine.traits, file)
+                written = write_trace(cycles, model.program, model.machine.traits, file)
         except OSError as error:
             raise FileError(f"cannot write {output}: {error.strerror}") from None
     size = Path(output).stat().st_size
@@ -46,8 +46,8 @@ def command(
         options.print_json({"file": output, "cycles": written.cycles, "events": written.events})
         return
     click.echo(f"{output}: {written.cycles} cycles, {written.events} events, {size:,} bytes")
-    if written.cycles < len(reply.cycles):
-        left = len(reply.cycles) - written.cycles
+    if written.cycles < len(cycles):
+        left = len(cycles) - written.cycles
         click.echo(f"{left} more cycles were left out, to keep the file small", err=True)
 
 

@@ -7,7 +7,7 @@ files of sentence-transformers beside it say how rows become one embedding (conf
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmclock.config.common import (
@@ -18,8 +18,8 @@ from lmclock.config.common import (
     ModelConfig,
     refuse_other_uses,
 )
-from lmclock.config.sentence import Sentence, from_folder
-from lmclock.errors import FileError, UnsupportedError, choices
+from lmclock.config.sentence import POOLINGS, Sentence, from_folder
+from lmclock.errors import FileError, OptionError, UnsupportedError, choices
 from lmclock.fields import REQUIRED, Fields
 
 MAX_LABELS = 1 << 16
@@ -152,6 +152,26 @@ def beside(config: EncoderConfig, read: Any) -> dict[str, Any]:
     file's JSON, None where there is none.
     """
     return {"sentence": from_folder(read)} if config.head == "embed" else {}
+
+
+def with_sentence(config: ModelConfig, pooling: str | None, normalise: bool | None) -> ModelConfig:
+    """The configuration with a pooling that its files leave open; OptionError where they do not, or
+    where the model makes no embeddings.
+    """
+    if pooling is None and normalise is None:
+        return config
+    if not isinstance(config, EncoderConfig) or config.head != "embed":
+        raise OptionError(
+            f"pooling and normalize are for embeddings, which {config.name} has none of"
+        )
+    said = config.sentence
+    if pooling not in (None, *POOLINGS):
+        raise OptionError(f"pooling={pooling!r} is unknown; valid: {choices(POOLINGS)}")
+    if said.said and (pooling, normalise) != (None, None):
+        how = f"{'+'.join(said.pooling)}, {'' if said.normalise else 'not '}normalised"
+        raise OptionError(f"the files of {config.name} say how its rows are pooled: {how}")
+    chosen = said.pooling if pooling is None else (pooling,)
+    return replace(config, sentence=replace(said, pooling=chosen, normalise=bool(normalise)))
 
 
 def _labels(f: Fields, head: str) -> tuple[str, ...]:

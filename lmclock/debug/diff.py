@@ -22,6 +22,7 @@ from lmclock.program import Program
 
 TOLERANCE = 1e-7
 PAGE = 64
+GIVEN = ("ids", "pos", "src_ids", "src_pos", "types")  # inputs there is something to give for
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,21 @@ def diff(
     steps: int = 2,
     accumulate: bool = False,
 ) -> list[Difference]:
-    """A prefill of `ids`, then `steps` decode cycles on a's greedy tokens; one entry per result.
+    """A prefill of `ids`, then `steps` decode cycles on a's greedy tokens, or one pass of an
+    encoder; one entry per result.
 
     ContextError when they do not fit the program's context, UnsupportedError for a program that
     takes more than token ids or does not sample.
     """
-    body = program.section("step").instructions
-    strangers = [i.name for i in program.inputs if i.name not in ("ids", "pos")]
-    if strangers or body[-1].op != "sample":
+    main = "step" if program.has("step") else "encode"
+    body = program.section(main).instructions
+    strangers = [i.name for i in program.inputs if i.name not in GIVEN]
+    if strangers or (main == "step" and body[-1].op != "sample"):
         what = f"reads {strangers[0]}" if strangers else "does not sample"
         raise UnsupportedError(f"diff runs programs from ids to a sampled token; this one {what}")
     if not len(ids):
         raise OptionError("the prompt is empty; it needs at least 1 token")
+    steps = steps if main == "step" else 0
     total = len(ids) + steps
     if program.context and total > program.context:
         raise ContextError(f"{total} tokens do not fit the context of {program.context}")
@@ -77,19 +81,20 @@ def diff(
         for machine in (a, b):
             machine.bind(batch)
         for number, i in enumerate(body):
-            found += _instruction(a, b, i, cycle, number, accumulate)
+            found += _instruction(a, b, main, i, cycle, number, accumulate)
         for machine in (a, b):
             machine.commit()
         first = len(tokens)
-        tokens.append(int(a.read(body[-1].outs[0])[0, 0]))
+        if steps:
+            tokens.append(int(a.read(body[-1].outs[0])[0, 0]))
     return found
 
 
 def _instruction(
-    a: Machine, b: Machine, i: Instruction, cycle: int, number: int, accumulate: bool
+    a: Machine, b: Machine, section: str, i: Instruction, cycle: int, number: int, accumulate: bool
 ) -> list[Difference]:
-    a.run("step", number, number + 1)
-    b.run("step", number, number + 1)
+    a.run(section, number, number + 1)
+    b.run(section, number, number + 1)
     found = []
     for name in i.outs:
         x, y = a.read(name), b.read(name)
@@ -115,15 +120,18 @@ def compare(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 def _batch(program: Program, ids: list[int], first: int, pages: dict[str, int]) -> Batch:
     rows = Rows.of([(first, len(ids))])
-    inputs = {"ids": np.array(ids, np.int32)[:, None], "pos": rows.positions[:, None]}
+    space = "tok" if program.has("step") else "src"
+    tokens, positions = np.array(ids, np.int32)[:, None], rows.positions[:, None]
+    inputs = dict(zip(GIVEN, (tokens, positions, tokens, positions, tokens * 0), strict=True))
+    picks = [len(ids) - 1] if space == "tok" else []
     greedy = np.zeros(1, SAMPLING)
     greedy["top_p"] = greedy["repetition"] = 1
     return Batch(
-        {"tok": rows},
+        {space: rows},
         {i.name: inputs[i.name] for i in program.inputs},
         np.zeros(1, np.int32),
         {name: [np.arange(count, dtype=np.int32)] for name, count in pages.items()},
         page_size=PAGE,
-        pick=np.array([len(ids) - 1], np.int32),
-        sampling=greedy,
+        pick=np.array(picks, np.int32),
+        sampling=greedy[: len(picks)],
     )

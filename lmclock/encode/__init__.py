@@ -11,12 +11,13 @@ texts one after the other, without padding. What a text gets does not depend on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lmclock.config import ModelConfig
 from lmclock.config.encoder import EncoderConfig
+from lmclock.cycle import Cycle
 from lmclock.engine import Engine, Event, Request
 from lmclock.errors import LmclockError, OptionError, UnsupportedError, choices
 from lmclock.program import Program
@@ -43,6 +44,13 @@ class Part:
     characters: list[Span]
 
 
+@dataclass(eq=False)
+class Watch:
+    """Keeps the cycles it is told of."""
+
+    cycles: list[Cycle] = field(default_factory=list)
+
+
 class Encoder:
     """An engine with an encoder's program, and what its texts need. UnsupportedError for a model of
     another kind.
@@ -61,15 +69,19 @@ class Encoder:
         self.with_types = any(i.name == "types" for i in engine.facts.inputs)
         self.width = program.types("encode")[self.value].width
         rows = engine.capacity.rows
-        self.longest = min(config.sentence.longest or rows, config.context, rows)
+        context = engine.facts.context or rows
+        self.longest = min(config.sentence.longest or rows, context, rows)
+
+    @property
+    def use(self) -> str:
+        """What the model's head is for."""
+        return USES[self.config.head]
 
     def need(self, *heads: str) -> None:
         """UnsupportedError unless the model has one of these heads."""
         if self.config.head not in heads:
             wanted = choices({USES[head].split(" ")[0]: None for head in heads})
-            raise UnsupportedError(
-                f"model {self.name!r} cannot {wanted}; valid: {USES[self.config.head]}"
-            )
+            raise UnsupportedError(f"model {self.name!r} cannot {wanted}; valid: {self.use}")
 
     def parts(
         self, text: str, before: Sequence[int] | None = None, whole: bool = False
@@ -78,8 +90,8 @@ class Encoder:
         (a question), or alone. `whole` cuts off what is too long instead.
         """
         ids, characters = self.tokenizer.spans(text)
-        pair = before is not None
-        extra = len(self.tokenizer.around(before or (), () if pair else None).ids)
+        around = self.tokenizer.around
+        extra = len(around(()).ids if before is None else around(before, ()).ids)
         room = self.longest - extra
         if room < 1:
             raise OptionError(
@@ -89,7 +101,7 @@ class Encoder:
         found = []
         for first, end in spans:
             piece = ids[first:end]
-            marked = self.tokenizer.around(before, piece) if pair else self.tokenizer.around(piece)
+            marked = around(piece) if before is None else around(before, piece)
             found.append(Part(marked, (first, end), characters[first:end]))
         return found
 

@@ -50,16 +50,17 @@ def classify(
     encoder.need("sequence", "next")
     if second is not None and len(second) != len(texts):
         raise OptionError(f"{len(texts)} texts, but {len(second)} second ones")
-    parts = []
-    for at, text in enumerate(texts):
-        ids = None if second is None else encoder.tokenizer.spans(text)[0]
-        parts.append(encoder.parts(text if second is None else second[at], ids))
+    if second is None:
+        parts = [encoder.parts(text) for text in texts]
+    else:
+        firsts = [encoder.tokenizer.spans(text)[0] for text in texts]
+        parts = [encoder.parts(b, a) for a, b in zip(firsts, second, strict=True)]
     rows = encoder.run([part.marked for text in parts for part in text])
     found, at = [], 0
-    for text in parts:
-        scores = scores_of(encoder.config.scores, np.concatenate(rows[at : at + len(text)]))
-        at += len(text)
-        weights = [max(end - first, 1) for first, end in owned([part.span for part in text])]
+    for segments in parts:
+        scores = scores_of(encoder.config.scores, np.concatenate(rows[at : at + len(segments)]))
+        at += len(segments)
+        weights = [max(end - first, 1) for first, end in owned([part.span for part in segments])]
         mean = np.average(scores, axis=0, weights=weights)
         order = np.argsort(-mean, kind="stable")
         labels = tuple(encoder.config.labels[k] for k in order)

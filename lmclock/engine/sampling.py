@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
 from lmclock.batch import ADJUST, SAMPLING
-from lmclock.errors import OptionError
+from lmclock.errors import OptionError, choices
 
 _INT32 = 2**31 - 1
 # name -> (least, most, how the range reads); NaN lies in none of them
@@ -157,3 +158,24 @@ class Tally:
             self.records = np.concatenate([self.records, np.zeros_like(self.records)])
         self.records["id"][slot] = token
         return slot
+
+
+# What callers may write for each field of Sampling: our own name, and the names of other tools.
+ALIASES = {
+    "repetition_penalty": "repetition",
+    "repeat_penalty": "repetition",
+    "presence_penalty": "presence",
+    "frequency_penalty": "frequency",
+}
+OPTIONS = ("max_new_tokens", "stop", "ignore_eos")  # of TextStream itself
+
+
+def sampling_of(options: Mapping[str, Any]) -> Sampling:
+    """Sampling settings from keyword options, other tools' names included."""
+    named = {ALIASES.get(name, name): value for name, value in options.items()}
+    valid = set(Sampling.__dataclass_fields__)
+    for name in named:
+        if name not in valid:
+            known = choices(sorted({*OPTIONS, *ALIASES, *valid}))
+            raise OptionError(f"option {name!r} is unknown; valid: {known}")
+    return Sampling(**named)

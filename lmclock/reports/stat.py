@@ -59,7 +59,7 @@ def print_stat(report: dict[str, Any], console: Console, hottest: int = 10) -> N
     for kind in ORDER:
         if kind in report["kinds"]:
             say(f"\n {kind}", "bold")
-            for line in _kind(report["kinds"][kind], hottest):
+            for line in _kind(kind, report["kinds"][kind], hottest):
                 say(line)
     say(
         f"\n times in {machine['tick_source']} ticks of "
@@ -72,8 +72,8 @@ def print_stat(report: dict[str, Any], console: Console, hottest: int = 10) -> N
         say(f" (above {limit}, compare runs side by side only; `calibrate` measures anew)")
 
 
-def _kind(k: dict[str, Any], hottest: int) -> list[str]:
-    lines = [f"{value:>12}  {name:<16} # {comment}" for value, name, comment in _counts(k)]
+def _kind(kind: str, k: dict[str, Any], hottest: int) -> list[str]:
+    lines = [f"{value:>12}  {name:<16} # {comment}" for value, name, comment in _counts(kind, k)]
     each = k["stages"] | {"execute": k["stages"]["execute"] + k["run_seconds_per_cycle"]}
     spent = (f"{name.replace('_', ' ')} {clock_time(t)}" for name, t in each.items())
     lines += ["", f"  a cycle: {', '.join(spent)}", "", "  where the time goes"]
@@ -96,7 +96,7 @@ def _kind(k: dict[str, Any], hottest: int) -> list[str]:
     return lines
 
 
-def _counts(k: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _counts(kind: str, k: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(value, name, comment) of each counter."""
     cycles = k["cycles"]
     each = clock_time(k["seconds"] / cycles)
@@ -108,9 +108,12 @@ def _counts(k: dict[str, Any]) -> list[tuple[str, str, str]]:
                 (f"{count:,}", name, f"{count / cycles:.2f} a cycle, "
                  f"{count / k['seconds']:,.1f} tok/s")
             )  # fmt: skip
+    if kind != "encode":
+        rows.append(
+            (f"{k['retired']:,}", "generated tokens",
+             f"{k['tokens_per_cycle']:.2f} a cycle, {k['tokens_per_second']:,.1f} tok/s")
+        )  # fmt: skip
     rows += [
-        (f"{k['retired']:,}", "generated tokens",
-         f"{k['tokens_per_cycle']:.2f} a cycle, {k['tokens_per_second']:,.1f} tok/s"),
         (si(k["bytes_per_cycle"] * cycles, "B"), "moved at least",
          f"{si(k['bytes_per_cycle'], 'B')} a cycle, {si(k['bytes_per_second'], 'B/s')}"),
         (si(k["operations_per_cycle"] * cycles, "op"), "operations",

@@ -145,12 +145,12 @@ def title(i: Instruction) -> str:
 def one_line(clock: Clock) -> str:
     """A reply's clock in one line: Hz, tokens per cycle, share of the limit."""
     parts = []
-    for kind in ("prefill", "mixed", "decode"):
+    for kind in ("encode", "prefill", "mixed", "decode"):
         if kind not in clock.kinds:
             continue
         k = _kind(clock, kind, clock.kinds[kind])
-        if kind == "prefill":
-            parts.append(f"prefill {k['prompt_tokens']} tokens, {k['rows_per_second']:,.0f} tok/s")
+        if kind in ("encode", "prefill"):
+            parts.append(f"{kind} {k['prompt_tokens']} tokens, {k['rows_per_second']:,.0f} tok/s")
             continue
         parts.append(
             f"{kind} {k['retired']} tokens, {k['hz']:,.1f} Hz x {k['tokens_per_cycle']:.2f} "

@@ -10,6 +10,7 @@ the one in which it stands further from the edge decides.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from lmclock.errors import OptionError
 
@@ -32,5 +33,5 @@ def cut(count: int, size: int, overlap: int | None = None) -> list[Span]:
 
 def owned(parts: Sequence[Span]) -> list[Span]:
     """The tokens each of `cut`'s spans decides: borders lie in the middle of what two share."""
-    borders = [(end + first) // 2 for (_, end), (first, _) in zip(parts, parts[1:], strict=False)]
+    borders = [(end + first) // 2 for (_, end), (first, _) in pairwise(parts)]
     return list(zip([parts[0][0], *borders], [*borders, parts[-1][1]], strict=True))
