@@ -149,7 +149,7 @@ class Runner:
         tok, ids = _rows(list(work.values()), starts, padding)
         src, source_ids = _rows([(source or {}).get(name, []) for name in work], [0] * len(work), 0)
         known = {"ids": ids, "pos": tok.positions[:, None] * tok.valid[:, None], **inputs}
-        known["src_ids"] = source_ids
+        known |= {"src_ids": source_ids, "src_pos": src.positions[:, None]}
         declared = {i.name for i in self.program.inputs}
         valid = np.flatnonzero(tok.valid)
         last = [rows[-1] for n in range(len(held)) if len(rows := valid[tok.owners[valid] == n])]

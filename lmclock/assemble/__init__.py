@@ -36,6 +36,8 @@ FAMILIES = {
     "bert": "BERT, MiniLM, RoBERTa, XLM-RoBERTa and DistilBERT",
     "lstm": "LSTM language model and classifier, as torch.nn computes them",
     "mlp": "feed-forward net",
+    "seq2seq": "the classic encoder-decoder Transformer, Marian, BART and mBART",
+    "t5": "T5, its version 1.1, flan-T5 and mT5",
 }
 MAX_CONFIG = 1 << 24
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from lmclock.assemble.edited import shift
 from lmclock.assemble.rope import frequencies
-from lmclock.assemble.weights import Stored, View
+from lmclock.assemble.weights import Stored, View, computed
 from lmclock.config import Rope
 from lmclock.errors import FileError
 from lmclock.fields import shortest
@@ -51,10 +51,11 @@ class Norm:
     eps: float
     kind: str = "rms"
     offset: float = 0.0  # added to the weights that are stored
+    biased: bool = True  # a layer norm may have no bias
 
     @property
     def bias(self) -> bool:
-        return self.kind == "layer"
+        return self.kind == "layer" and self.biased
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Attention:
     qk_scale: float = 0.0
     softcap: float = 0.0
     scale: float = 1.0  # of the output
+    rel_bias: str | None = None  # the weight of relative positions, (buckets, heads)
+    max_distance: int | None = None
 
 
 class Builder:
@@ -128,6 +131,13 @@ class Builder:
         """A weight of one row that is part of the program, not of the file."""
         values = tuple(shortest(float(v)) for v in row)
         self.declared[name] = Weight(name, (1, len(row)), values=values)
+        return name
+
+    def table(self, name: str, values: Array) -> str:
+        """A matrix (rows, width) that follows from the configuration and stands in no file."""
+        if name not in self.declared:
+            self.views[name] = computed(name, values)
+            self.declared[name] = Weight(name, values.shape, self.views[name].format.name)
         return name
 
     def embed(
@@ -197,12 +207,32 @@ def attention(b: Builder, h: str, a: Attention, at: Place) -> str:
     y = b.add(
         "attend", at.value("a"), q if a.state else (q, k, v), state=a.state, heads=a.heads,
         kv_heads=a.kv_heads if a.kv_heads != a.heads else 0, mask=a.mask, window=a.window,
-        qk_scale=a.qk_scale, softcap=a.softcap,
+        qk_scale=a.qk_scale, softcap=a.softcap, rel_bias=a.rel_bias, max_distance=a.max_distance,
     )  # fmt: skip
     return b.linear(
         at.value("o"), y, at.weight("attn_output"), a.width, a.heads * a.value, a.output_bias,
         a.scale,
     )  # fmt: skip
+
+
+def cross_keys(b: Builder, x: str, a: Attention, at: Place) -> None:
+    """Stores the keys and values that one decoder layer reads of the encoder's rows x."""
+    k, v = (
+        b.linear(at.value(f"c{n}"), x, at.weight(f"cross_attn_{n}"), rows, a.width, a.qkv_bias)
+        for n, rows in (("k", a.kv_heads * a.key), ("v", a.kv_heads * a.value))
+    )
+    b.add("store", "", (k, v), state=a.state)
+
+
+def cross_attention(b: Builder, h: str, a: Attention, at: Place) -> str:
+    """Queries of h, attended to what `cross_keys` stored, and projected back."""
+    q = b.linear(at.value("cq"), h, at.weight("cross_attn_q"), a.heads * a.key, a.width, a.qkv_bias)
+    y = b.add(
+        "attend", at.value("ca"), q, state=a.state, heads=a.heads, mask="full",
+        kv_heads=a.kv_heads if a.kv_heads != a.heads else 0, qk_scale=a.qk_scale,
+    )  # fmt: skip
+    name = at.weight("cross_attn_output")
+    return b.linear(at.value("co"), y, name, a.width, a.heads * a.value, a.output_bias)
 
 
 def feed_forward(
@@ -228,13 +258,18 @@ def gated_feed_forward(
 
 
 def logits(
-    b: Builder, x: str, width: int, vocab: int, norm: Norm, output: str = "output", *,
-    scale: float = 1.0, softcap: float = 0.0,
+    b: Builder, x: str, width: int, vocab: int, norm: Norm | None, output: str = "output", *,
+    scale: float = 1.0, softcap: float = 0.0, norm_name: str = "output_norm",
+    bias: str | None = None,
 ) -> None:  # fmt: skip
-    """Of the picked rows only: the last norm, the output matrix, and a token for each."""
-    last = b.add("pick", "last", x)
-    z = b.norm("z", last, "output_norm", width, norm)
-    y = b.linear("scores" if softcap else "logits", z, output, vocab, width, scale=scale)
+    """Of the picked rows only: the last norm, the output matrix, and a token for each. `bias` is
+    a weight of its own, because the matrix may be an embedding that others read too.
+    """
+    z = b.add("pick", "last", x)
+    if norm:
+        z = b.norm("z", z, norm_name, width, norm)
+    w, extra = b.weight(output, vocab, width), b.weight(bias, 1, vocab) if bias else None
+    y = b.add("linear", "scores" if softcap else "logits", z, w, bias=extra, scale=scale)
     if softcap:
         y = b.add("act", "logits", y, kind="softcap", cap=softcap)
     b.add("sample", "next", y)

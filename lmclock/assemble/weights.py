@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from lmclock.errors import FileError, UnsupportedError
-from lmclock.formats import Array, Format, unpack
+from lmclock.formats import Array, Format, get_format, unpack
 
 
 class Tensor(Protocol):
@@ -92,6 +92,28 @@ def joined(name: str, parts: Iterable[Rows]) -> View:
 
 class Whole(str):
     """A tensor's name in a file as it stands, without an ending of .weight or .bias."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A tensor that is in no file: float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    data: Array
+
+    @property
+    def format(self) -> Format:
+        return get_format("f32")
+
+    def check(self) -> None:
+        """Nothing that was computed here needs a check."""
+
+
+def computed(name: str, values: Array) -> View:
+    """A matrix that follows from the configuration, as a weight."""
+    values = np.ascontiguousarray(values, np.float32)
+    return whole(name, _Made(name, values.shape, values.reshape(-1).view(np.uint8)))
 
 
 class Stored:

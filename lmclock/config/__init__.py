@@ -32,6 +32,8 @@ HF_TYPES = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "distilbert"), "encoder"),
     **dict.fromkeys(("lstm", "lstm_classifier"), "recurrent"),
     "mlp": "mlp",
+    **dict.fromkeys(("marian", "bart", "mbart", "transformer"), "seq2seq"),
+    **dict.fromkeys(("t5", "mt5"), "t5"),
 }  # fmt: skip
 GGUF_TYPES = {
     **dict.fromkeys(

@@ -45,6 +45,7 @@ class ModelConfig:
     context: int
     bos: int | None = None
     eos: tuple[int, ...] = ()
+    start: int | None = None  # the token that begins a target, of models with an encoder
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -67,6 +68,20 @@ HF_HARMLESS = (
     "pretraining_tp", "pruned_heads", "resid_pdrop", "torch_dtype", "transformers_version",
     "use_cache",
 )  # fmt: skip
+
+# What older config.json files say of generation: config/generation.py reads it there.
+GENERATION = (
+    "bad_words_ids", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "prefix",
+    "remove_invalid_values", "repetition_penalty", "task_specific_params", "temperature", "top_k",
+    "top_p", "typical_p",
+)  # fmt: skip
+
+
+def start_token(f: Fields) -> int | None:
+    """What begins a target; models whose files do not say begin it with the padding token."""
+    return next(iter(f.ids("decoder_start_token_id") or f.ids("pad_token_id")), None)
 
 
 def refuse_other_uses(f: Fields, architectures: tuple[str, ...], causal: bool = True) -> str:
