@@ -67,6 +67,7 @@ class HfType:
 
     architecture: str
     positions: str
+    family: str = "seq2seq"
     pairs: str = "halves"
     offset: int = 0
     pre_norm: bool = False
@@ -79,6 +80,8 @@ HF_TYPES = {
     "bart": HfType("BartForConditionalGeneration", "learned", offset=2, embed_norm=True),
     "mbart": HfType("MBartForConditionalGeneration", "learned", offset=2, pre_norm=True,
                     last_norm=True, embed_norm=True),
+    # lmclock's own: what the others' types fix is stated in the file.
+    "transformer": HfType("", "", pairs="adjacent", last_norm=True),
 }  # fmt: skip
 OWN_TYPE = "transformer"
 _HARMLESS = (
@@ -102,7 +105,7 @@ def from_hf(f: Fields, model: str, name: str) -> Seq2SeqConfig:
     scaled = f.flag("scale_embedding", False)
     f.integer("max_length", None)
     config = Seq2SeqConfig(
-        family="seq2seq", model=model, source="hf", name=name,
+        family=row.family, model=model, source="hf", name=name,
         vocab=vocab if shared else f.integer("decoder_vocab_size", vocab), source_vocab=vocab,
         context=f.integer("max_position_embeddings", 1024), width=width,
         encoder=_stack(f, "encoder"), decoder=_stack(f, "decoder"),
@@ -141,20 +144,22 @@ def _stack(f: Fields, which: str) -> Stack:
 
 def _own(f: Fields, name: str) -> Seq2SeqConfig:
     """Field names and defaults are torch.nn.Transformer's where it has them."""
+    row = HF_TYPES[OWN_TYPE]
     width, heads = f.integer("d_model", 512), f.integer("nhead", 8, high=MAX_HEADS)
     hidden, vocab = f.integer("dim_feedforward", 2048), f.integer("vocab_size")
     layers = f.integer("num_layers", 6, high=MAX_LAYERS)
     bias = f.flag("bias", True)
     config = Seq2SeqConfig(
-        family="seq2seq", model=OWN_TYPE, source="hf", name=name,
+        family=row.family, model=OWN_TYPE, source="hf", name=name,
         vocab=vocab, source_vocab=f.integer("source_vocab_size", vocab),
         context=f.integer("max_position_embeddings", 512), width=width,
         encoder=Stack(f.integer("num_encoder_layers", layers, high=MAX_LAYERS), heads, hidden),
         decoder=Stack(f.integer("num_decoder_layers", layers, high=MAX_LAYERS), heads, hidden),
         act=ACTIVATIONS[f.text("activation", "relu", ("relu", "gelu"))],
-        eps=f.number("layer_norm_eps", 1e-5), pre_norm=f.flag("norm_first", False), last_norm=True,
-        embed_norm=False, embed_scale=math.sqrt(width) if f.flag("scale_embedding", True) else 1.0,
-        positions=f.text("positions", "sinusoidal", POSITIONS), pairs="adjacent", offset=0,
+        eps=f.number("layer_norm_eps", 1e-5), pre_norm=f.flag("norm_first", False),
+        last_norm=row.last_norm, embed_norm=row.embed_norm,
+        embed_scale=math.sqrt(width) if f.flag("scale_embedding", True) else 1.0,
+        positions=f.text("positions", "sinusoidal", POSITIONS), pairs=row.pairs, offset=row.offset,
         shared=f.flag("shared_embeddings", True), tied=f.flag("tie_word_embeddings", True),
         output_bias=f.flag("output_bias", False), bias=bias,
         bos=next(iter(f.ids("bos_token_id")), None), eos=f.ids("eos_token_id"),

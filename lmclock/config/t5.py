@@ -48,6 +48,7 @@ class HfType:
     architecture: str
     projection: str
     scales: bool
+    family: str = "t5"
 
 
 HF_TYPES = {
@@ -77,8 +78,8 @@ def from_hf(f: Fields, model: str, name: str) -> T5Config:
     tied = f.flag("tie_word_embeddings", True)
     scaled = f.flag("scale_decoder_outputs", tied) if row.scales else False
     config = T5Config(
-        family="t5", model=model, source="hf", name=name, vocab=f.integer("vocab_size"), context=0,
-        width=f.integer("d_model"), layers=layers,
+        family=row.family, model=model, source="hf", name=name, vocab=f.integer("vocab_size"),
+        context=0, width=f.integer("d_model"), layers=layers,
         decoder_layers=f.integer("num_decoder_layers", layers, high=MAX_LAYERS),
         heads=f.integer("num_heads", high=MAX_HEADS), key=f.integer("d_kv"),
         hidden=f.integer("d_ff"), act=ACTIVATIONS[act], gated=gated,
