@@ -4,6 +4,7 @@ single rows over a cache.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,12 @@ def random_model(config: Any) -> Any:
             else:
                 weight.copy_(0.2 * noise + (0 if name.endswith("bias") or added else 1))
     return model
+
+
+def reloaded(folder: Path) -> Any:
+    """The transformers model of a folder, in fp32."""
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def reference(model: Any) -> np.ndarray:
