@@ -77,6 +77,7 @@ class Batch:
     pick     (picks,): the `tok` rows that need logits, ascending
     sampling SAMPLING records, one per pick row; adjust: ADJUST records sorted by row (penalties,
     biases)
+    routed   per value of expert ids, (rows, top): what `route` chose, in the record of a cycle only
     """
 
     rows: dict[str, Rows]
@@ -88,6 +89,7 @@ class Batch:
     pick: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     sampling: np.ndarray = field(default_factory=lambda: np.empty(0, SAMPLING))
     adjust: np.ndarray = field(default_factory=lambda: np.empty(0, ADJUST))
+    routed: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def sequences(self) -> int:

@@ -111,6 +111,8 @@ class Tally:
     memory_seconds: float = 0.0  # the two sides of the cycles' own limits
     compute_seconds: float = 0.0
     traffic: dict[str, np.ndarray] = field(default_factory=dict)
+    experts: dict[str, np.ndarray] = field(default_factory=dict)  # used, (instructions,) by section
+    observed: bool = True  # the records say which ones; else so many are expected
 
 
 class Clock:
@@ -145,6 +147,8 @@ class Clock:
         for section, work in roof.works.items():
             table = np.stack([work.bytes, work.operations], axis=1)
             tally.traffic[section] = tally.traffic.get(section, 0) + table
+            tally.experts[section] = tally.experts.get(section, 0) + work.experts
+        tally.observed &= bool(cycle.batch.routed)
         return account
 
     def _account(self, cycle: Cycle) -> tuple[Account, _Roof]:

@@ -26,7 +26,7 @@ _KIND_COST = {"relu": 1, "softcap": 12}  # operations per element; the others ne
 @dataclass(frozen=True)
 class Cost:
     """Operations by arithmetic kind (multiply and add counted apart) and bytes by place; `serial`:
-    dependent steps.
+    dependent steps; `experts`: those whose weights are read.
     """
 
     flops: dict[str, float] = field(default_factory=dict)
@@ -34,6 +34,7 @@ class Cost:
     cache: float = 0.0
     activation: float = 0.0
     serial: int = 0
+    experts: float = 0.0
 
     @property
     def bytes(self) -> float:
@@ -47,7 +48,8 @@ class Cost:
         kinds = {*self.flops, *other.flops}
         flops = {k: self.flops.get(k, 0) + other.flops.get(k, 0) for k in sorted(kinds)}
         return Cost(flops, self.weight + other.weight, self.cache + other.cache,
-                    self.activation + other.activation, self.serial + other.serial)  # fmt: skip
+                    self.activation + other.activation, self.serial + other.serial,
+                    self.experts + other.experts)  # fmt: skip
 
 
 class Bound:
@@ -96,6 +98,16 @@ class Bound:
             return 1
         valid = self.batch.rows[self.types[value].space].valid
         return len(np.unique(self.batch.inputs[value][valid]))
+
+    def experts(self, i: Instruction) -> float:
+        """Experts that the rows of an `experts` use: counted where the record of the cycle has
+        their ids, else as many as even choices would use.
+        """
+        chosen = self.batch.routed.get(i.ins[2])
+        if chosen is None:
+            return expected_experts(i["experts"], self.width(i.ins[2]), self.rows(i.ins[0]))
+        valid = self.batch.rows[self.types[i.ins[0]].space].valid
+        return int(np.count_nonzero(np.bincount(chosen[valid].reshape(-1))))
 
     def longest(self, value: str) -> int:
         return self.shape(self.types[value].space)[2]
@@ -162,7 +174,7 @@ def cost(i: Instruction, bound: Bound) -> Cost:
         bound.types.update(zip(step.outs, bound.program.out_types(step, bound.types), strict=True))
     total = sum((cost(step, bound) for step in steps), Cost())
     outer = sum(bound.rows(v) * bound.width(v) for v in (*i.reads(), *i.outs)) * ACTIVATION_BYTES
-    return Cost(total.flops, total.weight, total.cache, outer, total.serial)
+    return Cost(total.flops, total.weight, total.cache, outer, total.serial, total.experts)
 
 
 def arithmetic(i: Instruction, bound: Bound) -> str:
@@ -251,11 +263,12 @@ def expected_experts(experts: int, top: int, rows: int) -> float:
 
 def _experts(i: Instruction, b: Bound) -> Cost:
     rows, top = b.rows(i.ins[0]), b.width(i.ins[1])
-    used = expected_experts(i["experts"], top, rows) / i["experts"]
+    used = b.experts(i)
     gate = b.program.weight_table[i.weights[0]]
     flops = 6.0 * rows * top * gate.shape[1] * (gate.shape[0] // i["experts"])
     moved = 2 * rows * top * gate.shape[1] * ACTIVATION_BYTES
-    return Cost({arithmetic(i, b): flops}, used * b.weight_bytes(*i.weights), 0, moved)
+    weights = used / i["experts"] * b.weight_bytes(*i.weights)
+    return Cost({arithmetic(i, b): flops}, weights, 0, moved, experts=used)
 
 
 def _pool(i: Instruction, b: Bound) -> Cost:

@@ -24,7 +24,7 @@ from lmclock.program import Program
 
 MOST_SHAPES = 64  # batches whose work is remembered
 # Whose work depends on more than the numbers of rows: on positions, and on the ids themselves.
-_VARIABLE = ("attend", "embed")
+_VARIABLE = ("attend", "embed", "experts")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Work:
     operand: np.ndarray
     operand_since: np.ndarray
     operand_bytes: np.ndarray
+    experts: np.ndarray  # whose weights are read
 
     @property
     def bytes(self) -> np.ndarray:
@@ -163,20 +164,24 @@ class _Section:
             operand=operand,
             operand_since=since,
             operand_bytes=sizes * share[operand],
+            experts=np.array([c.experts for c in costs], float),
         )
 
     def _vary(self, work: Work, bound: Bound) -> Work:
         """The same with the variable instructions of this very batch."""
-        weight, cache = work.weight.copy(), work.cache.copy()
+        weight, cache, experts = work.weight.copy(), work.cache.copy(), work.experts.copy()
         flops = {kind: table.copy() for kind, table in work.flops.items()}
         for numbers in self.groups.values():
             found: Cost = cost(self.body[numbers[0]], bound)
             weight[numbers], cache[numbers] = found.weight, found.cache
+            experts[numbers] = found.experts
             for kind, operations in found.flops.items():
                 flops[kind][numbers] = operations
         stored = np.where(self.stored_by >= 0, cache[self.stored_by], 0.0)
         fresh = np.where(self.attends, np.minimum(stored, cache), 0.0)
-        return replace(work, weight=weight, cache=cache, flops=flops, fresh=fresh)
+        return replace(
+            work, weight=weight, cache=cache, flops=flops, fresh=fresh, experts=experts
+        )
 
 
 def _operands(body: tuple[Instruction, ...]) -> tuple[np.ndarray, np.ndarray, list[str]]:

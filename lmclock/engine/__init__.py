@@ -154,6 +154,8 @@ class Engine:
         sampled: list[int] = []
         if len(batch.pick) and self.facts.next is not None:
             sampled = [token for (token,) in self.machine.read(self.facts.next).tolist()]
+        if self.on_cycle:
+            batch = self._observed(batch, runs)
         self.machine.commit()
         outcome = write_back(plan, sampled, values, self.facts, self.cache)
         self._tell(outcome.events)
@@ -165,6 +167,14 @@ class Engine:
         if self.on_cycle:
             self.on_cycle(cycle)
         return cycle
+
+    def _observed(self, batch: Batch, runs: list[Run]) -> Batch:
+        """The batch with what its routers chose, for those who read the record."""
+        sections = dict.fromkeys(run.section for run in runs)
+        names = [name for section in sections for name in self.facts.routed[section]]
+        if not names:
+            return batch
+        return replace(batch, routed={name: self.machine.read(name) for name in names})
 
     def run(self) -> Iterator[Event]:
         """Step until nothing is left, yielding the events as they come."""

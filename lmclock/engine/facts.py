@@ -48,6 +48,7 @@ class Facts:
     source_vocabulary: int | None
     source_context: int | None
     values: dict[str, Defined]
+    routed: dict[str, tuple[str, ...]]  # by section: values of expert ids, where there is a choice
     carries: bool  # states carry what earlier rows left, so that a sequence can go on
     causal: bool  # and no row depends on later ones, so that a prompt may come in pieces
 
@@ -100,9 +101,20 @@ def read_facts(program: Program) -> Facts:
         context=min(filter(None, (program.context, positions)), default=None),
         source_vocabulary=_table_rows(program, run, inputs, "src", TOKENS),
         source_context=_table_rows(program, run, inputs, "src", POSITIONS),
-        values=values, carries=carries,
+        values=values, routed=_routed(program, sections), carries=carries,
         causal=carries and all(_is_causal(program, i) for i in body),
     )  # fmt: skip
+
+
+def _routed(program: Program, sections: list[str]) -> dict[str, tuple[str, ...]]:
+    return {
+        name: tuple(
+            i.outs[1]
+            for i in program.section(name).instructions
+            if i.op == "route" and i["top"] < i["experts"]
+        )
+        for name in sections
+    }
 
 
 def _table_rows(

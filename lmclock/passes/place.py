@@ -5,7 +5,7 @@ A register belongs to one row space and kind (ids or f32) and is as wide as its 
 value lives from its
 definition to its last use; one read and one written by the same instruction never share, so that a
 machine may stream its
-operands.
+operands. What `route` chose stays readable to the end: the clock counts the experts really used.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def place(program: Program, keep: tuple[str, ...] = ()) -> Program:
     """
     registers: list[tuple[str, int]] = []
     count = 0
+    keep += tuple(i.outs[1] for s in program.sections for i in s.instructions if i.op == "route")
     for section in program.sections:
         types = program.types(section.name)
         last = {name: k for k, i in enumerate(section.instructions) for name in i.reads()}

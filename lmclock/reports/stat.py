@@ -76,7 +76,7 @@ def _kind(kind: str, k: dict[str, Any], hottest: int) -> list[str]:
     lines = [f"{value:>12}  {name:<16} # {comment}" for value, name, comment in _counts(kind, k)]
     each = k["stages"] | {"execute": k["stages"]["execute"] + k["run_seconds_per_cycle"]}
     spent = (f"{name.replace('_', ' ')} {clock_time(t)}" for name, t in each.items())
-    lines += ["", f"  a cycle: {', '.join(spent)}", "", "  where the time goes"]
+    lines += ["", f"  a cycle: {', '.join(spent)}", *_experts(k), "", "  where the time goes"]
     for leaf, share in k["tree"].items():
         line = f"  {percent(share, 1):>7}  {LEAF_TITLES[leaf]:<38} {'#' * round(30 * share)}"
         lines.append(line.rstrip())
@@ -94,6 +94,19 @@ def _kind(kind: str, k: dict[str, Any], hottest: int) -> list[str]:
         )  # fmt: skip
         lines.append(line.rstrip())
     return lines
+
+
+def _experts(k: dict[str, Any]) -> list[str]:
+    """Experts that a cycle used, layer by layer."""
+    if "experts" not in k:
+        return []
+    how = "observed" if k["experts"]["observed"] else "expected of even choices"
+    layers = k["experts"]["layers"]
+    of = "/".join(map(str, sorted({layer["of"] for layer in layers})))
+    numbers = [f"{layer['used']:.1f}" for layer in layers]
+    rows = [numbers[at : at + 12] for at in range(0, len(numbers), 12)]
+    title = f"  experts used of {of}, by layer ({how}):"
+    return [title, *("  " + "".join(f"{number:>6}" for number in row) for row in rows)]
 
 
 def _counts(kind: str, k: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -75,6 +75,8 @@ def _kind(clock: Clock, kind: str, tally: Tally) -> dict[str, Any]:
         "model_error": account.model_error / whole,
         "instructions": _instructions(clock, tally),
     }
+    if experts := _experts(clock, tally):
+        entry["experts"] = {"observed": tally.observed, "layers": experts}
     if kind == "mixed":
         entry["parts"] = _parts(tally, bound, tally.decode_bound / per_second)
     return entry
@@ -100,6 +102,16 @@ def _parts(tally: Tally, bound: float, decode: float) -> dict[str, Any]:
             "bound_seconds_per_cycle": (bound - decode) / tally.cycles,
         },
     }
+
+
+def _experts(clock: Clock, tally: Tally) -> list[dict[str, Any]]:
+    """Of every layer with a choice of experts: how many there are, and how many a cycle used."""
+    return [
+        {"name": i.weights[0], "of": i["experts"], "used": float(used) / tally.cycles}
+        for section, table in tally.experts.items()
+        for i, used in zip(clock.program.section(section).instructions, table, strict=True)
+        if i.op == "experts" and i["experts"] > 1
+    ]
 
 
 def _instructions(clock: Clock, tally: Tally) -> list[dict[str, Any]]:
