@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lmclock.folding import fill, fold
 from lmclock.isa import Instruction
-from lmclock.listing import assembly, fill, fold
+from lmclock.listing import assembly
 from lmclock.program import Program, Section
 
 

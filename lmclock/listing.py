@@ -9,25 +9,22 @@ attributes; what follows `;` is comment. Lines that differ only by a layer numbe
       linear   x.{i+1}, f.{i}, blk.{i}.ffn_down   act=q8_32 add=y.{i}
     .end
 
-`{i}` and `{i+1}` stand for numbers inside names, so a fold is only shorthand: unfolded it is the
-same program. Of a weight's own values, `64*0.5` stands for sixty-four equal ones.
+`{i}` and `{i+1}` stand for numbers inside names, so a fold is only shorthand (folding.py): unfolded
+it is the same program. Of a weight's own values, `64*0.5` stands for sixty-four equal ones.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
 from lmclock.errors import FileError, LmclockError, ProgramError, choices
+from lmclock.folding import fold_twice, unfold
 from lmclock.isa import ATTRS, OPCODES, SPACES, Instruction, Type, make
 from lmclock.program import SECTIONS, STATE_KINDS, Input, Program, Section, State, Weight
 
-MAX_LINES = 1_000_000  # of the unfolded text: a fold bomb is refused, not expanded
 _NAME = re.compile(r"[A-Za-z_][\w.'~/-]*(\[\d+\])?$")
-_NUMBER = re.compile(r"(?<=[A-Za-z_\]']\.)\d+(?![\w])|(?<=\[)\d+(?=\])")
-_HOLE = re.compile(r"\{i(?:\+(\d+))?\}")
 
 
 # --- program -> text
@@ -47,12 +44,12 @@ def render(program: Program, comments: bool = True) -> str:
     for i in program.inputs:
         kind = "ids" if i.ids else f"f32 width={i.width}"
         lines.append(f"input    {i.name} {i.space} {kind}")
-    lines += fold([_weight_line(w) for w in program.weights])
+    lines += fold_twice([_weight_line(w) for w in program.weights])
     lines += [_state_line(s) for s in program.states]
     for section in program.sections:
         lines += ["", f"section  {section.name}"]
         types = program.types(section.name) if comments else {}
-        lines += _columns(fold([_line(program, i, types) for i in section.instructions]))
+        lines += _columns(fold_twice([_line(program, i, types) for i in section.instructions]))
     return "\n".join(lines) + "\n"
 
 
@@ -120,92 +117,6 @@ def assembly(i: Instruction) -> str:
 
 def _spell(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)
-
-
-# --- folding
-# ---------------------------------------------------------------------------------------
-
-
-def fold(lines: list[str], most: int = 64) -> list[str]:
-    """Runs of at least two groups of lines that differ only by a counting number, as `.repeat`
-    blocks.
-    """
-    folded, at = [], 0
-    while at < len(lines):
-        period, first, count, body = _best_run(lines, at, most)
-        if count < 2:
-            folded.append(lines[at])
-            at += 1
-            continue
-        folded.append(f".repeat i = {first}..{first + count - 1}")
-        folded += [f"  {line}" for line in body]
-        folded.append(".end")
-        at += period * count
-    return folded
-
-
-def _best_run(lines: list[str], at: int, most: int) -> tuple[int, int, int, list[str]]:
-    """(period, first number, repetitions, body) of the run from line `at` that covers most
-    lines.
-    """
-    best: tuple[int, int, int, list[str]] = (1, 0, 1, [])
-    for first in sorted({int(n) for n in _NUMBER.findall(lines[at])}):
-        body: list[str] = []
-        for period in range(1, min(most, (len(lines) - at) // 2) + 1):
-            body.append(_template(lines[at + period - 1], first))
-            count = 1
-            while _matches(lines, at + count * period, body, first + count):
-                count += 1
-            if count > 1 and count * period > best[0] * best[2]:
-                best = (period, first, count, list(body))
-    return best
-
-
-def _template(line: str, i: int) -> str:
-    holes = {str(i): "{i}", str(i + 1): "{i+1}"}
-    return _NUMBER.sub(lambda m: holes.get(m[0], m[0]), line)
-
-
-def _matches(lines: list[str], at: int, body: list[str], i: int) -> bool:
-    if at + len(body) > len(lines):
-        return False
-    return all(fill(t, i) == lines[at + k] for k, t in enumerate(body))
-
-
-def fill(template: str, i: int) -> str:
-    """A folded line for layer `i`."""
-    return _HOLE.sub(lambda m: str(i + int(m[1] or 0)), template)
-
-
-def unfold(text: str) -> Iterator[tuple[int, str]]:
-    """(line number, line) without comments and blank lines, `.repeat` blocks (nesting refused)
-    unrolled.
-    """
-    block: list[tuple[int, str]] | None = None
-    first = last = total = 0
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.split(";", 1)[0].strip()
-        if not line:
-            continue
-        if line.startswith(".repeat"):
-            match = re.fullmatch(r"\.repeat\s+i\s*=\s*(\d{1,6})\.\.(\d{1,6})", line)
-            if not match or block is not None:
-                raise ProgramError(f"line {number}: not `.repeat i = A..B`, or nested: {line!r}")
-            first, last, block = int(match[1]), int(match[2]), []
-        elif line == ".end":
-            if block is None:
-                raise ProgramError(f"line {number}: .end without .repeat")
-            total += (last - first + 1) * len(block)
-            if total > MAX_LINES:
-                raise ProgramError(f"line {number}: it unfolds to over {MAX_LINES} lines")
-            yield from ((n, fill(t, i)) for i in range(first, last + 1) for n, t in block)
-            block = None
-        elif block is not None:
-            block.append((number, line))
-        else:
-            yield number, line
-    if block is not None:
-        raise ProgramError("a .repeat has no .end")
 
 
 # --- text -> program

@@ -179,9 +179,7 @@ class _Section:
                 flops[kind][numbers] = operations
         stored = np.where(self.stored_by >= 0, cache[self.stored_by], 0.0)
         fresh = np.where(self.attends, np.minimum(stored, cache), 0.0)
-        return replace(
-            work, weight=weight, cache=cache, flops=flops, fresh=fresh, experts=experts
-        )
+        return replace(work, weight=weight, cache=cache, flops=flops, fresh=fresh, experts=experts)
 
 
 def _operands(body: tuple[Instruction, ...]) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -23,7 +23,7 @@ FILE_LINES, FUNCTION_LINES, COLUMNS = 400, 60, 100
 # Import ranks (docs/architecture.md): a file imports lower ranks, or its own rank and folder.
 RANKS = {
     "errors": 0,
-    **dict.fromkeys(("settings", "formats", "shapes", "fields"), 1),
+    **dict.fromkeys(("settings", "formats", "shapes", "fields", "folding"), 1),
     **dict.fromkeys(("isa", "batch", "packing"), 2),
     **dict.fromkeys(("program", "config"), 3),
     **dict.fromkeys(("listing", "cost", "files", "text"), 4),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmclock.errors import FileError, ProgramError
 from lmclock.flowchart import mermaid
+from lmclock.folding import fold, fold_twice, unfold
 from lmclock.isa import ATTRS, OPCODES, Instruction, make
-from lmclock.listing import fold, parse, read, render, unfold
+from lmclock.listing import parse, read, render
 from lmclock.passes import optimise
 from lmclock.program import Input, Program, Section, State, Weight
 from tests.tiny import llama
@@ -83,7 +86,48 @@ def test_layers_that_differ_are_not_folded() -> None:
 
 @given(st.lists(st.sampled_from(["a.0", "a.1", "a.2", "b.0, a.1", "b.1, a.2", "c"]), max_size=30))
 def test_folding_loses_nothing(lines: list[str]) -> None:
-    assert [line for _, line in unfold("\n".join(fold(lines)))] == lines
+    for folded in (fold(lines), fold_twice(lines)):
+        assert [line for _, line in unfold("\n".join(folded))] == lines
+
+
+LINES = st.builds("{}.{} w={}".format, st.sampled_from("ab"), st.integers(0, 6), st.integers(0, 1))
+
+
+@given(st.lists(LINES, max_size=4), st.integers(1, 4), st.integers(1, 4))
+def test_folding_twice_loses_nothing(group: list[str], count: int, step: int) -> None:
+    def later(line: str, k: int) -> str:
+        return re.sub(r"\.(\d)", lambda m: f".{int(m[1]) + k * step}", line)
+
+    lines = [later(line, k) for k in range(count) for line in group]
+    folded = fold_twice(lines)
+    assert [line for _, line in unfold("\n".join(folded))] == lines
+    assert len(folded) <= len(lines) + 2
+
+
+def test_layers_that_alternate_fold_into_their_period() -> None:
+    """Five layers of one kind and one of another, four times, and two more."""
+    kinds = [0 if i % 6 == 5 else 8 for i in range(26)]
+    lines = [
+        line
+        for i, window in enumerate(kinds)
+        for line in (f"norm h.{i}, x.{i}", f"attend x.{i + 1}, h.{i}, kv[{i}]   window={window}")
+    ]
+    assert fold_twice(lines) == [
+        ".repeat j = 0..18 step 6",
+        "  .repeat i = {j}..{j+4}",
+        "    norm h.{i}, x.{i}",
+        "    attend x.{i+1}, h.{i}, kv[{i}]   window=8",
+        "  .end",
+        "  norm h.{j+5}, x.{j+5}",
+        "  attend x.{j+6}, h.{j+5}, kv[{j+5}]   window=0",
+        ".end",
+        ".repeat i = 24..25",
+        "  norm h.{i}, x.{i}",
+        "  attend x.{i+1}, h.{i}, kv[{i}]   window=8",
+        ".end",
+    ]
+    two = [line for i in range(6) for line in (f"norm a.{i} w={i % 2}", f"act b.{i}")]
+    assert fold_twice(two)[0] == ".repeat j = 0..4 step 2" and len(fold_twice(two)) == 6
 
 
 @pytest.mark.parametrize(
@@ -107,6 +151,13 @@ def test_folding_loses_nothing(lines: list[str]) -> None:
         (".repeat i = 0..2\nnorm y, x", "a .repeat has no .end"),
         (".end", "line 1: .end without .repeat"),
         ("section step\n.repeat i = 0..999999\nnorm y, x\nnorm z, y\n.end", "unfolds to over"),
+        (".repeat i = 0..1\n.repeat i = 0..1\n.end\n.end", "a block of the same letter"),
+        (".repeat j = 0..4 step 0\n.end", "line 1: not `.repeat i = A..B`"),
+        (
+            ".repeat i = 0..999\n.repeat j = 0..999\n.repeat i = 0..1\n.end\n.end\n.end",
+            "same letter",
+        ),
+        (".repeat i = 0..9999\n.repeat j = 0..9999\n.end\n.end", "unfolds to over"),
         ("", "the listing has no `program"),
     ],
 )
