@@ -30,7 +30,10 @@ from lmclock.hardware.calibrate import processor
 MODEL = "smollm2"
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "measurements.md"
-SECTIONS = ("limit", "peers", "quality", "overhead")
+SECTIONS = (
+    "summary", "limit", "peers", "prefill", "scale", "batch", "depth", "start", "quality", "avx2",
+    "overhead",
+)  # fmt: skip
 HEADER = """# Measurements
 
 Written by the scripts in `bench/` (`make bench`), each its own section; nothing here is typed by
@@ -50,20 +53,28 @@ class Skipped(Exception):
 class Worker:
     """A process that does named jobs on demand and says how long each took."""
 
-    def __init__(self, module: str, *arguments: str, threads: int) -> None:
+    def __init__(
+        self, module: str, *arguments: str, threads: int, extra: Mapping[str, str] | None = None
+    ) -> None:
+        """`extra` is added to its environment."""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        environment |= extra or {}
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the worker
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--worker", *arguments, "--threads", str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             cwd=ROOT, env=environment,
         )  # fmt: skip
+        self.about: dict[str, Any] = {}
+        self.jobs: list[str] = []
+
+    def greet(self) -> None:
+        """Wait until it is ready; Skipped when it cannot be measured here."""
         hello = self._answer()
         if "skip" in hello:
             self.close()
             raise Skipped(hello["skip"])
-        self.about: dict[str, Any] = hello
-        self.jobs: list[str] = hello["jobs"]
+        self.about, self.jobs = hello, hello["jobs"]
 
     def ask(self, job: str) -> float:
         """What the job returns, seconds for most."""
@@ -111,29 +122,35 @@ def serve(make: Callable[[], tuple[Mapping[str, Any], Mapping[str, Job]]]) -> No
 def start(
     module: str, names: Iterable[str], *arguments: str, threads: int
 ) -> tuple[dict[str, Worker], list[str]]:
-    """(workers by name, a sentence for each that could not start)."""
-    workers: dict[str, Worker] = {}
+    """(workers by name, a sentence for each that could not start). They start side by side."""
+    begun = {name: Worker(module, name, *arguments, threads=threads) for name in names}
     skipped: list[str] = []
-    for name in names:
+    for name, worker in list(begun.items()):
         try:
-            workers[name] = Worker(module, name, *arguments, threads=threads)
+            worker.greet()
         except Skipped as reason:
             skipped.append(f"{name} was skipped: {reason}.")
-    return workers, skipped
+            del begun[name]
+    return begun, skipped
 
 
-def interleave(jobs: Mapping[Any, Job], rounds: int, seed: int = 0, quiet: bool = False) -> Samples:
-    """Each job once per round, in an order drawn anew; a round before the first is not kept."""
+def interleave(
+    jobs: Mapping[Any, Job], rounds: int, seed: int = 0, quiet: bool = False, warm: bool = True,
+    label: str = "",
+) -> Samples:  # fmt: skip
+    """Each job once per round, in an order drawn anew; `warm`: a round before the first is not
+    kept.
+    """
     order, draw = list(jobs), random.Random(seed)
     samples: Samples = {name: [] for name in jobs}
-    for number in range(rounds + 1):
+    for number in range(0 if warm else 1, rounds + 1):
         draw.shuffle(order)
         for name in order:
             value = jobs[name]()
             if number:
                 samples[name].append(value)
         if not quiet:
-            print(f"round {number} of {rounds}", file=sys.stderr)
+            print(f"{label} round {number} of {rounds}".strip(), file=sys.stderr)
     return samples
 
 

@@ -55,6 +55,8 @@ def main(pairs: int, threads: int, dry: bool, worker: str | None) -> None:
             side: Worker("bench.overhead", files[name], threads=threads)
             for side, name in SIDES.items()
         }
+        for one in workers.values():
+            one.greet()
         samples = interleave(
             {side: partial(one.ask, "decode") for side, one in workers.items()},
             ALTERNATIONS, seed=number, quiet=True,

@@ -1,6 +1,6 @@
 """lmclock beside other engines and beside the limit: prefill of 512 tokens, decode of 128.
 
-    python -m bench.peers [--rounds 7] [--threads 2]
+    python -m bench.peers [--rounds 5] [--threads 2] [--resume] [--seconds 80]
 
 Every engine runs in a process of its own with the same number of threads, all in one interleaved
 run, warm. lmclock is timed from outside, through `Model.generate`: scheduler, sampler, clock, text
@@ -11,221 +11,130 @@ are not.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import click
-import numpy as np
 
 from bench import products
-from bench.common import (
-    MODEL,
-    Job,
-    Samples,
-    Worker,
-    interleave,
-    machine,
-    publish,
-    ratio,
-    serve,
-    start,
-    table,
-    transformers_model,
+from bench.common import Samples, ratio, serve, start, table
+from bench.engines import (
+    Made,
+    Sizes,
+    ctranslate2_jobs,
+    llama_jobs,
+    lmclock_jobs,
+    onnx_jobs,
+    torch_jobs,
 )
-from lmclock import settings
-from lmclock.files.pull import pull
+from bench.stages import Goal, Plan, Stage, Store, best, options, quotient
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What every engine is given: threads, tokens to prefill, tokens to decode."""
-
-    threads: int
-    prompt: int = 512
-    new: int = 128
-
-    @property
-    def context(self) -> int:
-        return max(self.prompt, self.new) + 64
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        return {"prefill": self.prompt, "decode": self.new}
-
-
-Made = tuple[Mapping[str, Any], Mapping[str, Job]]
-PACKAGES = ("llama-cpp-python", "transformers", "torch", "numpy")
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def drawing(vocabulary: int) -> Callable[[int], list[int]]:
-    """Draws token ids, never the same again, so that no engine can reuse a prefix."""
-    draw = np.random.default_rng(1)
-    return lambda count: draw.integers(0, vocabulary, count).tolist()
-
-
-def lmclock_jobs(sizes: Sizes) -> Made:
-    """The whole engine through the Python API."""
-    from lmclock.model import load
-
-    model = load(MODEL, threads=sizes.threads, context=sizes.context)
-    draw = drawing(model.config.vocab)
-
-    def generate(prompt: list[int], new: int) -> None:
-        reply = model.generate(prompt, max_new_tokens=new, temperature=0, ignore_eos=True)
-        assert len(reply.tokens) == new
-
-    return {"weights": "Q4_1"}, {
-        "prefill": lambda: timed(partial(generate, draw(sizes.prompt), 1)),
-        "decode": lambda: timed(partial(generate, [0], sizes.new)),
-    }
-
-
-def llama_jobs(sizes: Sizes, flash: bool) -> Made:
-    """llama.cpp through its C interface: llama_decode, as llama-bench does it."""
-    import ctypes
-
-    from bench.llama import Llama
-
-    llama = Llama(str(pull(MODEL)), sizes.threads, flash, sizes.context, batch=sizes.prompt)
-    draw = drawing(llama.vocabulary)
-
-    def prefill() -> float:
-        ids = (ctypes.c_int32 * sizes.prompt)(*draw(sizes.prompt))
-        llama.clear()
-        return timed(partial(llama.decode, ids, sizes.prompt))
-
-    def decode() -> float:
-        tokens = [(ctypes.c_int32 * 1)(token) for token in draw(sizes.new)]
-        llama.clear()
-
-        def steps() -> None:
-            for token in tokens:
-                llama.decode(token, 1)
-
-        return timed(steps)
-
-    about = {"weights": "Q4_1", "notes": llama.notes}
-    return about, {"prefill": prefill, "decode": decode}
-
-
-def torch_jobs(sizes: Sizes, kind: str) -> Made:
-    """transformers, eager, its own attention and cache, the weights dequantised from the file."""
-    import torch
-    import transformers
-
-    model = transformers_model(sizes.threads, kind)
-    draw = drawing(model.config.vocab_size)
-
-    def prefill() -> float:
-        ids = torch.tensor([draw(sizes.prompt)])
-        with torch.inference_mode():
-            return timed(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
-
-    def decode() -> float:
-        tokens = [torch.tensor([[token]]) for token in draw(sizes.new)]
-        cache = transformers.DynamicCache(config=model.config)
-
-        def steps() -> None:
-            for token in tokens:
-                model(input_ids=token, past_key_values=cache, use_cache=True)
-
-        with torch.inference_mode():
-            return timed(steps)
-
-    return {"weights": {"bfloat16": "BF16", "float32": "F32"}[kind]}, {
-        "prefill": prefill,
-        "decode": decode,
-    }
-
-
-def limit_jobs(sizes: Sizes) -> Made:
-    """The products alone, plain reading, plain arithmetic; see bench/products.py."""
-    return products.jobs(sizes.threads, sizes.prompt, sizes.new)
-
-
+PACKAGES = (
+    "llama-cpp-python", "ctranslate2", "onnxruntime-genai", "onnxruntime", "transformers", "torch",
+    "numpy",
+)  # fmt: skip
+SAME = "llama.cpp Q4_1"
+LLAMA = (SAME, "llama.cpp Q4_0", "llama.cpp Q8_0", "llama.cpp Q4_K_M")
+CT2, ONNX = "ctranslate2 int8", "onnxruntime-genai int4"
+SMALL = (*LLAMA, CT2, ONNX)  # peers of 8 bits or fewer
 PEERS: dict[str, Callable[[Sizes], Made]] = {
     "lmclock": lmclock_jobs,
-    "llama.cpp": partial(llama_jobs, flash=False),
-    "llama.cpp -fa": partial(llama_jobs, flash=True),
+    **{name: partial(llama_jobs, kind=name.split()[1]) for name in LLAMA},
+    CT2: ctranslate2_jobs,
+    ONNX: onnx_jobs,
     "transformers bf16": partial(torch_jobs, kind="bfloat16"),
     "transformers f32": partial(torch_jobs, kind="float32"),
-    "limit": limit_jobs,
+    # The products alone, plain reading, plain arithmetic; see bench/products.py.
+    "limit": lambda sizes: products.jobs(sizes.threads, sizes.prompt, sizes.new),
 }
 
 
-LLAMA = ("llama.cpp", "llama.cpp -fa")
-
-
 @click.command(help=__doc__)
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=settings.threads)
+@options(rounds=5)
 @click.option("--prompt", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--new", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--only", multiple=True, type=click.Choice(list(PEERS)), help="Peers to measure.")
-@click.option("--dry", is_flag=True, help="Print only.")
+@click.option("--peer", multiple=True, type=click.Choice(list(PEERS)), help="Peers to measure.")
 @click.option("--worker", hidden=True)
-def main(
-    rounds: int, threads: int, prompt: int, new: int, only: tuple[str, ...], dry: bool,
-    worker: str | None,
-) -> None:  # fmt: skip
-    sizes = Sizes(threads, prompt, new)
+def main(plan: Plan, prompt: int, new: int, peer: tuple[str, ...], worker: str | None) -> None:
+    sizes = Sizes(plan.threads, prompt, new)
     if worker:
         serve(lambda: PEERS[worker](sizes))
         return
-    workers, skipped = start(
-        "bench.peers", only or PEERS, f"--prompt={prompt}", f"--new={new}", threads=threads
+    store = Store("peers")
+    names = peer or (("lmclock", SAME, "limit") if plan.quick else tuple(PEERS))
+    begin = partial(
+        start, "bench.peers", names, f"--prompt={prompt}", f"--new={new}", threads=plan.threads
     )
-    samples = interleave(
-        {(name, job): partial(one.ask, job) for name, one in workers.items() for job in one.jobs},
-        rounds,
-    )
-    for one in workers.values():
-        one.close()
-    publish("peers", report(workers, samples, skipped, sizes), dry)
+    store.measure("peers", plan, begin, packages=PACKAGES)
+    stage = store.stage("peers")
+    store.finish(plan, "Speed beside other engines", parts(stage, sizes), goals(stage.samples()))
 
 
-def report(
-    workers: Mapping[str, Worker], samples: Samples, skipped: list[str], sizes: Sizes
-) -> str:
-    """The section of the document."""
-    rounds = len(next(iter(samples.values())))
-    there = [name for name in LLAMA if name in workers]
-    fastest = {
-        job: min(there, key=lambda n: statistics.median(samples[n, job]), default="")
-        for job in sizes.tokens
-    }
+def fastest(samples: Samples, names: tuple[str, ...], job: str) -> tuple[str, str] | None:
+    """The (worker, setting) of a job that took the least time."""
+    return best(samples, [key for key in samples if key[0] in names and _is(key[1], job)])
+
+
+def _is(job: str, kind: str) -> bool:
+    return job == kind or job.startswith(f"{kind} ")
+
+
+def goals(samples: Samples) -> list[Goal]:
+    """Lines 1 and 2 of what is to be reached."""
+
+    def over(names: tuple[str, ...], job: str) -> float | None:
+        return quotient(samples, fastest(samples, names, job), ("lmclock", job))
+
+    matmul = samples.get(("lmclock", "matmul"))
+    return [
+        Goal("decode, llama.cpp on the same file", over((SAME,), "decode"), 3.0),
+        Goal("decode, fastest peer of 8 bits or fewer", over(SMALL, "decode"), 2.0),
+        Goal("decode, share of a matvec-only pass",
+             quotient(samples, ("limit", "decode"), ("lmclock", "decode")), 0.90, "%"),
+        Goal("prefill, fastest peer of 8 bits or fewer", over(SMALL, "prefill"), 2.0),
+        Goal("prefill, ctranslate2 int8", over((CT2,), "prefill"), 2.0),
+        Goal("prefill, llama.cpp's best format", over(LLAMA, "prefill"), 3.6),
+        Goal("prefill, products' share of the int8 peak of the same moment",
+             statistics.median(matmul) if matmul else None, 0.68, "%"),
+    ]  # fmt: skip
+
+
+def parts(stage: Stage, sizes: Sizes) -> Iterator[str]:
+    """The text of the section."""
+    samples = stage.samples()
+    rounds = len(stage.rounds)
+    yield METHOD.format(rounds=rounds, batch=sizes.prompt)
+    same = {job: fastest(samples, (SAME,), job) for job in sizes.tokens}
     rows = []
-    for name, one in workers.items():
-        cells = [name, one.about.get("weights", "products only, Q4_1")]
+    for name, about in stage.about.items():
+        cells = [name, about.get("weights", "products only, Q4_1")]
         for job, count in sizes.tokens.items():
-            times = samples[name, job]
-            cells.append(f"{count / statistics.median(times):,.1f} ({count / min(times):,.1f})")
-            cells.append(f"{ratio(samples[fastest[job], job], times):.2f}" if there else "")
+            key = fastest(samples, (name,), job)
+            times = samples[key] if key else []
+            if not key or not times:
+                cells += ["", "", ""]
+                continue
+            cells.append(f"{count / statistics.median(times):,.0f} ({count / min(times):,.0f})")
+            times_ours = quotient(samples, key, ("lmclock", job))
+            below = quotient(samples, same[job], key)
+            cells.append(f"{below:.2f}" if below else "")
+            cells.append(f"{times_ours:.2f}" if times_ours else "")
         rows.append(cells)
-    head = ["engine", "weights", f"prefill {sizes.prompt}, tok/s", "x llama.cpp",
-            f"decode {sizes.new}, tok/s", "x llama.cpp"]  # fmt: skip
-    notes = [*skipped, *(note for one in workers.values() for note in one.about.get("notes", ()))]
-    return "\n\n".join([
-        f"## Speed beside other engines\n\n{machine(sizes.threads, PACKAGES)}",
-        METHOD.format(rounds=rounds, batch=sizes.prompt),
-        table(head, rows),
-        *(_shares(workers["limit"].about, samples, sizes) if "limit" in workers else []),
-        "\n".join(f"- {note}" for note in dict.fromkeys(notes)),
-    ])  # fmt: skip
+    head = ["engine", "weights"]
+    for job, count in sizes.tokens.items():
+        head += [f"{job} {count}, tok/s", "x llama.cpp same file", "lmclock is x"]
+    yield table(head, rows)
+    yield "Settings that were the faster ones: " + ", ".join(
+        f"{key[0]} {key[1]}" for name in LLAMA for job in sizes.tokens
+        if (key := fastest(samples, (name,), job))
+    ) + "."  # fmt: skip
+    if "limit" in stage.about:
+        yield _shares(stage.about["limit"], samples, sizes)
 
 
-def _shares(about: Mapping[str, Any], samples: Samples, sizes: Sizes) -> Iterator[str]:
-    """The limit's own figures, and what lmclock reaches of it."""
+def _shares(about: Mapping[str, Any], samples: Samples, sizes: Sizes) -> str:
+    """The limit's own figures, and what engines reach of it."""
     stream, size, operations = samples["limit", "stream"], about["bytes"], about["operations"]
     reading = [sizes.new * size / rate for rate in stream]
     rows = [
@@ -241,12 +150,18 @@ def _shares(about: Mapping[str, Any], samples: Samples, sizes: Sizes) -> Iterato
         least = [operations / rate for rate in peak]
         rate = f"{statistics.median(peak) / 1e9:,.0f} Gop/s"
         rows.append(("prefill, int8 arithmetic", "prefill", least, rate))
-    engines = [name for name in ("lmclock", *LLAMA) if (name, "decode") in samples]
-    yield table(
+    engines = ["lmclock"] if ("lmclock", "decode") in samples else []
+    engines += [name for name in LLAMA if fastest(samples, (name,), "decode")]
+
+    def share(name: str, job: str, least: list[float]) -> str:
+        key = fastest(samples, (name,), job)
+        return f"{100 * ratio(least, samples[key]):.0f} %" if key else ""
+
+    return table(
         ["limit", "rate", "tok/s", *(f"{name} reaches" for name in engines)],
         [
             (what, rate, f"{sizes.tokens[job] / statistics.median(least):,.0f}",
-             *(f"{100 * ratio(least, samples[name, job]):.0f} %" for name in engines))
+             *(share(name, job, least) for name in engines))
             for what, job, least, rate in rows
         ],
     )  # fmt: skip
@@ -256,10 +171,11 @@ METHOD = """SmolLM2-135M-Instruct, the packaged file; medians of {rounds} interl
 fastest in brackets. Prefill starts from an empty cache and ends with the logits of the last \
 token; decode takes one token at a time from an empty cache. lmclock runs through its Python API \
 with scheduler, sampler, clock and text in its time. llama.cpp is called through its C interface \
-(llama_decode, n_batch = n_ubatch = {batch}, keys and values in f16, flash attention off and on), \
-so that no Python and no sampling is in its time; ratios are to the faster of its two settings. \
-transformers runs eagerly with its own attention and cache on weights dequantised from the same \
-file."""
+(llama_decode, n_batch = n_ubatch = {batch}, keys and values in f16), so that no Python and no \
+sampling is in its time, on the packaged file and on files its own quantiser made of it; flash \
+attention is off or on, whichever is faster. ctranslate2 and onnxruntime-genai run models that their \
+own converters made of the same weights; transformers runs eagerly with its own attention and cache \
+on weights dequantised from the same file."""
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def _shared(program: Program) -> tuple[tuple[str, int], ...]:
 class Products:
     """A program's products on the native machine, bound to 1 or more rows."""
 
-    def __init__(self, threads: int, rows: int) -> None:
-        assembled = assemble(pull(MODEL))
+    def __init__(self, threads: int, rows: int, path: str = MODEL) -> None:
+        assembled = assemble(pull(path))
         self.program = products_only(optimise(assembled.program, 2))
         self.machine: Machine = create("native", threads=threads)
         self.machine.load(self.program, assembled.weights, Capacity(rows=rows, picks=1, slots=1))
