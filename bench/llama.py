@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llama_cpp as c
@@ -59,6 +60,7 @@ class Llama:
     ) -> None:  # fmt: skip
         weights = Weights(source, probe) if isinstance(source, str) else source
         self.notes, self.vocabulary, self.weights = weights.notes, weights.vocabulary, weights
+        self.flash = flash
         options = c.llama_context_default_params()
         options.n_ctx, options.n_seq_max = context * sequences, sequences
         options.n_batch, options.n_ubatch = batch, min(batch, UBATCH)
@@ -118,6 +120,20 @@ class Llama:
         copy = found.copy()
         c.llama_batch_free(batch)
         return copy
+
+    def save_state(self, path: Path) -> None:
+        """Keep the cache of the only sequence in a file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        c.llama_state_seq_save_file(self.context, str(path).encode(), 0, None, 0)
+
+    def load_state(self, path: Path) -> bool:
+        """Take the cache of the only sequence from a file; False if there is none that fits."""
+        found, none = ctypes.c_size_t(), (ctypes.c_int32 * 1)()
+        return path.exists() and bool(
+            c.llama_state_seq_load_file(
+                self.context, str(path).encode(), 0, none, 1, ctypes.byref(found)
+            )
+        )
 
     def close(self) -> None:
         """Free the context and its weights."""

@@ -176,21 +176,22 @@ def _metadata(writer: Any, shape: Shape, mix: str, name: str) -> None:
         "block_count": shape.layers, "context_length": 8192, "embedding_length": shape.width,
         "feed_forward_length": shape.hidden, "head_count": shape.heads,
         "head_count_kv": shape.kv_heads, "rope_dimension_count": shape.head,
-        "vocab_size": shape.vocabulary, "file_type": MIXES[mix][1], "eos_token_id": 256,
-        "bos_token_id": 257,
+        "vocab_size": shape.vocabulary, "file_type": MIXES[mix][1], "eos_token_id": 257,
+        "bos_token_id": 258,
     }  # fmt: skip
     for key, value in numbers.items():
         getattr(w, f"add_{key}")(value)
     w.add_name(f"random {name}")
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_freq_base(shape.base)
-    specials = ["<|end|>", "<|begin|>"]
-    pieces = [*sorted(ByteLevel.alphabet()), *specials]
+    alphabet = sorted(ByteLevel.alphabet())
+    pieces = [*alphabet, "he", "<|end|>", "<|begin|>"]
+    kinds = [1] * (len(alphabet) + 1) + [3] * 2  # normal, control, unused
+    kinds += [5] * (shape.vocabulary - len(kinds))
     pieces += [f"<unused {n}>" for n in range(shape.vocabulary - len(pieces))]
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("llama-bpe")
     w.add_token_list(pieces)
-    kinds = [1] * 256 + [3] * 2 + [5] * (shape.vocabulary - 258)  # normal, control, unused
     w.add_token_types(kinds)
     w.add_token_merges(["h e"])
 

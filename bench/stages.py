@@ -128,6 +128,8 @@ class Goal:
 def _show(value: float, unit: str) -> str:
     if unit == "%":
         return f"{100 * value:.1f} %"
+    if unit == "B":
+        return f"{value / 1e6:,.0f} MB"
     digits = 0 if abs(value) >= 100 else 2
     return f"{value:,.{digits}f}{' ' if unit != 'x' else ''}{unit}"
 
