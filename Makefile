@@ -71,8 +71,8 @@ neon: $(VENV)/.test build  ## kernels and opcodes compiled for ARM, run in emula
 	qemu-aarch64 -cpu neoverse-n1 build/neon/replay build/neon/machine.rec
 
 # make bench SCRIPTS=peers ARGS="--rounds 3 --dry"
-SCRIPTS ?= limit peers quality overhead
-bench: $(VENV)/.bench build  ## measure limit, peers, quality and overhead into docs/measurements.md
+SCRIPTS ?= limit peers prefill scale batch depth start quality avx2 overhead summary
+bench: $(VENV)/.bench build/avx2/.installed build  ## measure everything into docs/measurements.md
 	set -e; for script in $(SCRIPTS); do $(BIN)/python -m bench.$$script $(ARGS); done
 
 clean:  ## remove what was built, .venv included; downloaded models stay
@@ -103,6 +103,18 @@ $(VENV)/.installed: $(VENV)/.base build/files CMakeLists.txt $(wildcard native/*
 $(VENV)/.test $(VENV)/.bench $(VENV)/.fuzz: $(VENV)/.%: pyproject.toml | $(VENV)/.installed
 	$(PIP) install --no-build-isolation "$(TORCH)" -e ".[$*]"
 	touch $@
+
+# Peers of which a benchmark says that they were skipped where they cannot be installed.
+OPTIONAL := bench-ctranslate2 bench-onnx
+$(VENV)/.bench: $(VENV)/.optional
+$(VENV)/.optional: pyproject.toml | $(VENV)/.installed
+	-for extra in $(OPTIONAL); do $(PIP) install --no-build-isolation -e ".[$$extra]" || true; done
+	touch $@
+
+# A second llama.cpp without AVX-512, beside the first; a benchmark says so where it cannot be built.
+build/avx2/.installed: | $(VENV)/.bench
+	-$(BIN)/python -m bench.avx2 --build-only
+	mkdir -p $(@D) && touch $@
 
 # llama-cpp-python is compiled here; see the header for what its compiler may get wrong.
 $(VENV)/.bench: private export CXXFLAGS := -include $(CURDIR)/bench/tile_config.h

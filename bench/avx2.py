@@ -40,13 +40,16 @@ PROMPT, NEW = 256, 64
 @click.command(help=__doc__)
 @options(rounds=5)
 @click.option("--build", is_flag=True, help="Compile llama.cpp for AVX2 if it is not there.")
+@click.option("--build-only", is_flag=True, help="The same, and measure nothing.")
 @click.option("--worker", hidden=True)
-def main(plan: Plan, build: bool, worker: str | None) -> None:
+def main(plan: Plan, build: bool, build_only: bool, worker: str | None) -> None:
     if worker:
         serve(lambda: jobs(worker, Sizes(plan.threads, PROMPT, NEW)))
         return
-    if build and not LIBRARY.exists():
+    if (build or build_only) and not LIBRARY.exists():
         compile_llama()
+    if build_only:
+        return
     store = Store("avx2")
     store.measure("avx2", plan, partial(begin, plan.threads), packages=PACKAGES)
     stage = store.stage("avx2")
@@ -129,8 +132,8 @@ def parts(stage: Stage) -> Iterator[str]:
 
 
 METHOD = f"""LMCLOCK_ISA={PATH} on the packaged Q4_1 file, and llama.cpp built for AVX2, FMA and \
-F16C without anything newer, on the same file and in its fastest format, flash attention off or on, \
-whichever is faster."""
+F16C without anything newer, on the same file and in its fastest format, flash attention off or \
+on, whichever is faster."""
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,6 +67,7 @@ def lmclock_jobs(threads: int) -> Made:
     that the prediction needs, bytes and operations per second.
     """
     import lmclock._native as native
+
     from lmclock.model import load
 
     model = load(MODEL, threads=threads, context=CONTEXT, sequences=max(SEQUENCES))
@@ -165,7 +167,7 @@ def predicted_knee(rows: Sequence[Sequence[float]]) -> float | None:
     """The number of sequences at which arithmetic takes as long as memory, between whole numbers
     by straight lines.
     """
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         low, high = before[2] - before[1], after[2] - after[1]
         if low < 0 <= high:
             return before[0] + (after[0] - before[0]) * -low / (high - low)
@@ -241,10 +243,12 @@ def _knees(
         marks["predicted knee"] = knee
     if seen and seen > 0:
         marks["measured knee"] = seen
-    yield "Knee from memory to arithmetic: " + ", ".join(
-        f"{what.split()[0]} at {at:.1f} sequences" for what, at in marks.items()
-    ) + ". Measured: where the line through the largest three meets the time of one sequence."
-    series = [Series(name, *zip(*points, strict=True)) for name, points in curves.items()]
+    yield (
+        "Knee from memory to arithmetic: "
+        + ", ".join(f"{what.split()[0]} at {at:.1f} sequences" for what, at in marks.items())
+        + ". Measured: where the line through the largest three meets the time of one sequence."
+    )
+    series = [Series.of(name, points) for name, points in curves.items()]
     most = [row for row in foretold if row[0] <= max(SEQUENCES)]
     bound = Series("limit (cost model)", [r[0] for r in most], [r[0] / max(r[1:]) for r in most],
                    "--")  # fmt: skip
@@ -252,8 +256,8 @@ def _knees(
     yield draw("batch", axes, [*series, bound], plan.dry)
 
 
-METHOD = f"""The packaged Q4_1 file; each sequence begins with a token of its own and decodes {NEW} \
-more. lmclock is timed by its clock from the first fetch to the last write-back of the \
+METHOD = f"""The packaged Q4_1 file; each sequence begins with a token of its own and decodes \
+{NEW} more. lmclock is timed by its clock from the first fetch to the last write-back of the \
 cycles that decode all sequences; llama.cpp by llama_decode calls with one token of each, flash \
 attention off or on, whichever is faster. The limit is that of the cost model with the limits \
 measured in the same run."""

@@ -62,6 +62,7 @@ def jobs(worker: str, depth: int, threads: int) -> Made:
 def lmclock_jobs(cache: str, depth: int, threads: int) -> Made:
     """decode: seconds of NEW cycles; limit: the share of the limit they reach."""
     import lmclock._native as native
+
     from lmclock.model import load
     from lmclock.reports.bench import Test, measure, seconds
 
@@ -69,7 +70,7 @@ def lmclock_jobs(cache: str, depth: int, threads: int) -> Made:
     rng = np.random.default_rng(0)
     test = Test(0, NEW, depth)
     path = model.machine.path  # type: ignore[attr-defined]
-    size = [model.program.bytes_per_cycle]
+    size = [float(model.program.bytes_per_cycle)]
 
     def run() -> list[Cycle]:
         return measure(model.engine, test, rng)
@@ -113,7 +114,7 @@ def llama_jobs(cache: str, depth: int, threads: int) -> Made:
     def run(llama: Llama) -> float:
         tokens = [(ctypes.c_int32 * 1)(token) for token in draw_ids(NEW)]
         llama.keep(depth)
-        return timed(lambda: [llama.decode(token, 1) for token in tokens])
+        return timed(lambda: llama.one_by_one(tokens))
 
     for setting in PEERS[cache]:
         if not setting and depth > 4096:
@@ -182,17 +183,19 @@ def parts(store: Store, plan: Plan) -> Iterator[str]:
             rows.append(cells)
     yield table(["tokens cached", "cache", "lmclock, tok/s", "of the limit", "llama.cpp, tok/s",
                  "lmclock is x"], rows)  # fmt: skip
-    series = [Series(name, *zip(*points, strict=True), "o-" if "lmclock" in name else "x--")
-              for name, points in curves.items()]  # fmt: skip
+    series = [
+        Series.of(name, points, "o-" if "lmclock" in name else "x--")
+        for name, points in curves.items()
+    ]
     if series:
         axes = Axes("Decode at depth", "tokens in the cache", "tokens per second")
         yield draw("depth", axes, series, plan.dry)
 
 
-METHOD = f"""The packaged Q4_1 file, {NEW} tokens decoded behind as many cached ones; the same file \
-in llama.cpp, flash attention off or on, whichever is faster (8k: on). Share of the limit: bytes of \
-weights and cache that a cycle must read, over the rate of a stream of as many bytes measured right \
-before and after, over the time it took."""
+METHOD = f"""The packaged Q4_1 file, {NEW} tokens decoded behind as many cached ones; the same \
+file in llama.cpp, flash attention off or on, whichever is faster (8k: on). Share of the limit: \
+bytes of weights and cache that a cycle must read, over the rate of a stream of as many bytes \
+measured right before and after, over the time it took."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Jobs of every engine, for the scripts that time them: prefill and decode, each in its best setting.
+"""Jobs of every engine, for the scripts that time them: prefill and decode.
 
 A job that has settings to choose from is there once per setting (`prefill`, `prefill -fa`); reports
 take the faster one. Seconds are of the forward passes for other engines, of the whole engine for
@@ -72,12 +72,9 @@ def lmclock_jobs(sizes: Sizes, path: str = MODEL, simd: str | None = None) -> Ma
 
     model = load(path, threads=sizes.threads, context=sizes.context, path=simd)
     draw = drawing(model.config.vocab)
-    kind = "int8"
 
     def matmul() -> float:
-        return peak_share(
-            model, lambda: generate(model, draw(sizes.prompt), 1), PRODUCTS, kind
-        )
+        return peak_share(model, lambda: generate(model, draw(sizes.prompt), 1), PRODUCTS, "int8")
 
     jobs: dict[str, Job] = {
         "prefill": lambda: timed(partial(generate, model, draw(sizes.prompt), 1)),
@@ -148,7 +145,7 @@ def llama_jobs(sizes: Sizes, kind: str, path: str | None = None) -> Made:
     def decode(llama: Llama) -> float:
         tokens = [(ctypes.c_int32 * 1)(token) for token in draw(sizes.new)]
         llama.clear()
-        return timed(lambda: [llama.decode(token, 1) for token in tokens])
+        return timed(lambda: llama.one_by_one(tokens))
 
     for flash, name in ((False, ""), (True, " -fa")):
         llama = Llama(weights, sizes.threads, flash, sizes.context, batch=sizes.prompt)

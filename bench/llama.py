@@ -1,4 +1,4 @@
-"""llama.cpp through the C interface of llama-cpp-python: contexts of one model, forward passes only.
+"""llama.cpp through the C interface of llama-cpp-python: contexts of a model, forward passes only.
 
 Where the processor has AMX it keeps weights in buffers of their own for it. A build by an older GCC
 crashes with these (tile_config.h says why, and mends it), so they are tried in another process
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,11 @@ class Llama:
         """Go on with a ctypes array of ids; logits of the last one are computed."""
         self._run(c.llama_batch_get_one(tokens, count))
         c.llama_synchronize(self.context)
+
+    def one_by_one(self, tokens: Iterable[Any]) -> None:
+        """Go on with ctypes arrays of one id each, a call for every one."""
+        for token in tokens:
+            self.decode(token, 1)
 
     def prompt(self, ids: Sequence[int], at_once: int) -> None:
         """Go on with many ids, so many in a call."""

@@ -1,8 +1,9 @@
 """The demonstration model in the formats other engines take, each made here from the packaged file.
 
-`requantised("Q4_0")` is llama.cpp's own quantiser at work on the packaged weights; `ctranslate2_int8`
-and `onnx_int4` are the engines' own converters at work on the weights that transformers reads from
-that file. Nothing is fetched. Results are kept in the user's cache folder, so a converter runs once.
+`requantised("Q4_0")` is llama.cpp's own quantiser at work on the packaged weights;
+`ctranslate2_int8` and `onnx_int4` are the engines' own converters at work on the weights that
+transformers reads from that file. Nothing is fetched. Results are kept in the user's cache folder,
+so a converter runs once.
 """
 
 from __future__ import annotations

@@ -188,10 +188,10 @@ def _percent(values: Sequence[float]) -> str:
 
 METHOD = """Counted: ticks taken in a cycle times what one costs. Measured: {pairs} pairs of \
 processes, new for each pair so that no luck with memory lasts, one with the ticks compiled into \
-the native machine and one without, and one more with them as a control. Their decodes of {tokens} \
-tokens are interleaved, {alternations} each, and medians compared; the bound is a bootstrap of the \
-mean over the pairs ({resamples} resamples). The engine's stamps are in both builds, so only the \
-count has them."""
+the native machine and one without, and one more with them as a control. Their decodes of \
+{tokens} tokens are interleaved, {alternations} each, and medians compared; the bound is a \
+bootstrap of the mean over the pairs ({resamples} resamples). The engine's stamps are in both \
+builds, so only the count has them."""
 
 
 if __name__ == "__main__":

@@ -173,9 +173,9 @@ token; decode takes one token at a time from an empty cache. lmclock runs throug
 with scheduler, sampler, clock and text in its time. llama.cpp is called through its C interface \
 (llama_decode, n_batch = n_ubatch = {batch}, keys and values in f16), so that no Python and no \
 sampling is in its time, on the packaged file and on files its own quantiser made of it; flash \
-attention is off or on, whichever is faster. ctranslate2 and onnxruntime-genai run models that their \
-own converters made of the same weights; transformers runs eagerly with its own attention and cache \
-on weights dequantised from the same file."""
+attention is off or on, whichever is faster. ctranslate2 and onnxruntime-genai run models that \
+their own converters made of the same weights; transformers runs eagerly with its own attention \
+and cache on weights dequantised from the same file."""
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ class Series:
     y: Sequence[float]
     style: str = "o-"
 
+    @staticmethod
+    def of(name: str, points: Sequence[tuple[float, float]], style: str = "o-") -> Series:
+        """A curve through points."""
+        return Series(name, [x for x, _ in points], [y for _, y in points], style)
+
 
 @dataclass(frozen=True)
 class Axes:

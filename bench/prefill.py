@@ -68,6 +68,7 @@ def jobs(worker: str, tokens: Sequence[int], threads: int) -> Made:
 
 def lmclock_jobs(tokens: Sequence[int], threads: int) -> Made:
     import lmclock._native as native
+
     from lmclock.model import load
 
     model = load(MODEL, threads=threads, context=min(8192, max(tokens) + 64))
@@ -107,7 +108,7 @@ def llama_jobs(kind: str, tokens: Sequence[int], threads: int) -> Made:
 
 
 def memory_jobs(length: int, threads: int) -> Made:
-    """Peak resident bytes of a process that prefills once, and what of them is cache and weights."""
+    """Peak resident bytes of a process that prefills once."""
     import resource
 
     from lmclock.model import load
@@ -174,7 +175,8 @@ def growth(samples: Samples) -> float | None:
 def parts(samples: Samples, plan: Plan) -> Iterator[str]:
     """The text of the section."""
     yield METHOD
-    rows, curves = [], {"lmclock": [], f"llama.cpp {BEST}": []}  # type: ignore[var-annotated]
+    rows: list[list[str]] = []
+    curves: dict[str, list[tuple[float, float]]] = {"lmclock": [], f"llama.cpp {BEST}": []}
     for n in (*SHORT, *LONG, *LONGEST):
         ours = rate(samples, ("lmclock", str(n)), n)
         cells = [str(n), f"{ours:,.0f}" if ours else ""]
@@ -193,7 +195,7 @@ def parts(samples: Samples, plan: Plan) -> Iterator[str]:
             f"llama.cpp {BEST}, tok/s", "lmclock is x"]  # fmt: skip
     yield table(head, rows)
     axes = Axes("Prefill", "tokens of the prompt", "tokens per second", log_x=True)
-    series = [Series(name, *zip(*points, strict=True)) for name, points in curves.items() if points]
+    series = [Series.of(name, points) for name, points in curves.items() if points]
     if series:
         yield draw("prefill", axes, series, plan.dry)
     peaks = [(n, samples.get((f"memory {n}", "peak"))) for n in MEMORY]
@@ -203,10 +205,10 @@ def parts(samples: Samples, plan: Plan) -> Iterator[str]:
     )
 
 
-METHOD = """The packaged Q4_1 file in lmclock; llama.cpp on the same file and in its fastest format, \
-flash attention off or on, whichever is faster (8k: on), n_ubatch = 512. Attention's share of the \
-peak counts the operations of visible positions only, over the busy time of `attend`, against the \
-peak of bf16 dot products measured right before and after."""
+METHOD = """The packaged Q4_1 file in lmclock; llama.cpp on the same file and in its fastest \
+format, flash attention off or on, whichever is faster (8k: on), n_ubatch = 512. Attention's \
+share of the peak counts the operations of visible positions only, over the busy time of \
+`attend`, against the peak of bf16 dot products measured right before and after."""
 
 
 if __name__ == "__main__":

@@ -222,9 +222,10 @@ def _differences(found: dict[str, Scores]) -> list[str]:
 METHOD = """SmolLM2-135M-Instruct, the packaged Q4_1 file, on wikitext-2 test (raw): windows of \
 512 tokens, of which the second half is scored, {scored} tokens in all. KL divergence is that of \
 the reference's distribution from the run's, in nats a token. The reference (perplexity \
-{perplexity:.3f}) is transformers in fp32 on weights dequantised from the same file. lmclock keeps \
-keys and values in f16, at -O2 (activations rounded to int8 per 32) and --precise (activations in \
-f32); llama.cpp as it comes: keys and values in f16, flash attention, n_ubatch = 512."""
+{perplexity:.3f}) is transformers in fp32 on weights dequantised from the same file. lmclock \
+keeps keys and values in f16, at -O2 (activations rounded to int8 per 32) and --precise \
+(activations in f32); llama.cpp as it comes: keys and values in f16, flash attention, n_ubatch = \
+512."""
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@
     python -m bench.random_models 1b-q4_k_m        # write it, print its path
     python -m bench.random_models --remove         # delete all of them
 
-Speed does not depend on what the numbers are, so shapes and formats are those of the real models and
-the numbers are drawn. Formats mix by tensor as llama.cpp mixes them (Q4_K_M: Q6_K for the output
-matrix and for half of `attn_v` and `ffn_down`). The tokeniser is a byte-level one whose further
-entries are never produced. Files lie in the user's cache folder, are written as a stream, and stay
-until `--remove`.
+Speed does not depend on what the numbers are, so shapes and formats are those of the real models
+and the numbers are drawn. Formats mix by tensor as llama.cpp mixes them (Q4_K_M: Q6_K for the
+output matrix and for half of `attn_v` and `ffn_down`). The tokeniser is a byte-level one whose
+further entries are never produced. Files lie in the user's cache folder, are written as a stream,
+and stay until `--remove`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Real sizes: random-weight Llama-3.2-1B in five formats and Llama-3-8B in Q4_K_M, beside llama.cpp.
+"""Real sizes: random-weight Llama-3.2-1B in five formats, Llama-3-8B in Q4_K_M, and llama.cpp.
 
     python -m bench.scale [--rounds 5] [--only 1b-q4_0]
 
@@ -184,9 +184,10 @@ def _line(points: list[tuple[str, float, float, float | None]], plan: Plan) -> I
 
 
 METHOD = """Files of random valid blocks (bench/random_models.py): Llama-3.2-1B shapes in five \
-formats, Llama-3-8B in Q4_K_M, mixed by tensor as llama.cpp mixes them. Prefill of {prompt} tokens \
-and decode of {new} (8B: {large[0]} and {large[1]}; SmolLM2: 512 and 64), llama.cpp with flash \
-attention off or on, whichever is faster. The ceiling is the products alone over the same weights."""
+formats, Llama-3-8B in Q4_K_M, mixed by tensor as llama.cpp mixes them. Prefill of {prompt} \
+tokens and decode of {new} (8B: {large[0]} and {large[1]}; SmolLM2: 512 and 64), llama.cpp with \
+flash attention off or on, whichever is faster. The ceiling is the products alone over the same \
+weights."""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Measurements in stages that can stop and go on: samples in JSON, shared options, goals.
 
 A stage is one set of workers and jobs in interleaved rounds. Every round is written to
-build/bench/SECTION.json as soon as it is complete, so `--seconds 60` may end a run between two rounds
-and `--resume` goes on from there; reports are made of what the file holds. `--only NAME` runs some
-stages. A stage without `--resume` begins anew.
+build/bench/SECTION.json as soon as it is complete, so `--seconds 60` may end a run between two
+rounds and `--resume` goes on from there; reports are made of what the file holds. `--only NAME`
+runs some stages. A stage without `--resume` begins anew.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Store:
         if not plan.wants(name) or plan.late or len(stage.rounds) >= rounds:
             return
         workers, stage.skipped = start()
-        stage.about = {w: {k: v for k, v in one.about.items()} for w, one in workers.items()}
+        stage.about = {key: one.about for key, one in workers.items()}
         work: dict[Any, Job] = {
             f"{worker}|{job}": partial(one.ask, job)
             for worker, one in workers.items() for job in one.jobs if jobs(worker, job)

@@ -2,8 +2,8 @@
 
     python -m bench.start [--rounds 9]
 
-Each job is a process of its own: `lmclock run smollm2 -p hi -n 1` as a user calls it, a process that
-times its own load and first token, and the same of llama.cpp. The file cache is warm: a round
+Each job is a process of its own: `lmclock run smollm2 -p hi -n 1` as a user calls it, a process
+that times its own load and first token, and the same of llama.cpp. The file cache is warm: a round
 before the first is not kept.
 """
 
@@ -84,8 +84,8 @@ def jobs(threads: int) -> dict[str, Job]:
     for child in CHILDREN:
         if child != "llama" or _there("llama_cpp"):
             found[f"process {child}"] = partial(ask, child)
-    given = ("run memory", "import", "load", "first", "memory", "weights")
-    given += ("llama load", "llama first", "llama memory") if "process llama" in found else ()
+    given = ["run memory", "import", "load", "first", "memory", "weights"]
+    given += ["llama load", "llama first", "llama memory"] if "process llama" in found else []
     # In a round they may come before their process: the value is then that of the round before.
     return found | {name: partial(_value, last, name, found) for name in given}
 
@@ -177,8 +177,8 @@ def parts(stage: Stage) -> Iterator[str]:
     yield table(["peak resident memory", "median", f"beside the file of {size / 1e6:.0f} MB"], rows)
 
 
-METHOD = """Medians of {rounds} interleaved rounds of processes with a warm file cache. Start-up of \
-Python is in the first line; the others are times inside a process. llama.cpp has no Python, \
+METHOD = """Medians of {rounds} interleaved rounds of processes with a warm file cache. Start-up \
+of Python is in the first line; the others are times inside a process. llama.cpp has no Python, \
 tokenizer or text in its times."""
 
 
