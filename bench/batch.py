@@ -176,8 +176,10 @@ def predicted_knee(rows: Sequence[Sequence[float]]) -> float | None:
 
 def measured_knee(counts: Sequence[float], seconds: Sequence[float]) -> float | None:
     """Where the line through the largest three counts meets the time of one sequence."""
+    if len(counts) < 4:
+        return None
     slope, start = np.polyfit(np.array(counts[-3:], float), np.array(seconds[-3:], float), 1)
-    if len(counts) < 4 or slope <= 0:
+    if slope * counts[-1] < 0.01 * seconds[0]:  # flat: there is no knee in what was measured
         return None
     return float((seconds[0] - start) / slope)
 

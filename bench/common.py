@@ -159,14 +159,14 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def transformers_model(threads: int, kind: str) -> Any:
+def transformers_model(threads: int, kind: str, path: Path | None = None) -> Any:
     """The file's weights, dequantised by transformers itself; `kind` is a dtype of torch."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    path = pull(MODEL)
+    path = path or pull(MODEL)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, dtype=getattr(torch, kind)
     )

@@ -26,6 +26,7 @@ import click
 import numpy as np
 
 from bench.common import MODEL, ROOT, Job, Worker, interleave, machine, publish, serve, table
+from bench.stages import Goal, Store
 from lmclock import settings
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 TOKENS = 16  # of one decode
 ALTERNATIONS = 12  # decodes of each build in a pair
 RESAMPLES = 10_000
-MOST = 0.01  # overhead allowed
+MOST = 0.005  # overhead allowed
 BUILDS = {"in": "ON", "out": "OFF"}
 SIDES = {"in": "in", "again": "in", "out": "out"}  # processes of a pair, and the build of each
 
@@ -67,7 +68,12 @@ def main(pairs: int, threads: int, dry: bool, worker: str | None) -> None:
         for one in workers.values():
             one.close()
         print(f"pair {number + 1} of {pairs}", file=sys.stderr)
-    publish("overhead", report(counted, seconds, threads), dry)
+    text = report(counted, seconds, threads)
+    if not dry:
+        store = Store("overhead")
+        store.goals = goals(counted, seconds)
+        store.save()
+    publish("overhead", text, dry)
 
 
 def build(name: str) -> Path:
@@ -149,13 +155,28 @@ def upper_bound(differences: Sequence[float], seed: int = 0) -> float:
     return float(np.quantile(means, 0.95))
 
 
+def goals(counted: Mapping[str, float], seconds: Sequence[Mapping[str, float]]) -> list[Goal]:
+    """Line 7."""
+    differences = [pair["in"] / pair["out"] - 1 for pair in seconds]
+    return [
+        Goal("overhead, counted", _share(counted), MOST, "%", most=True),
+        Goal("overhead, 95 % upper bound over pairs", upper_bound(differences), MOST, "%",
+             most=True),
+    ]  # fmt: skip
+
+
+def _share(counted: Mapping[str, float]) -> float:
+    """What the ticks and stamps of a cycle cost, as a share of it."""
+    # The engine's stamps: one where each stage begins and one at the end.
+    spent = counted["ticks"] * counted["tick"] + 5 * counted["stamp"]
+    return spent / counted["cycle"]
+
+
 def report(
     counted: Mapping[str, float], seconds: Sequence[Mapping[str, float]], threads: int
 ) -> str:
     """The section of the document."""
-    inside = counted["ticks"] * counted["tick"]
-    outside = 5 * counted["stamp"]  # the engine's, one where each stage begins and one at the end
-    share = (inside + outside) / counted["cycle"]
+    share = _share(counted)
     differences = [pair["in"] / pair["out"] - 1 for pair in seconds]
     control = [pair["in"] / pair["again"] - 1 for pair in seconds]
     bound = upper_bound(differences)
@@ -177,7 +198,7 @@ def report(
             pairs=len(seconds), alternations=ALTERNATIONS, tokens=TOKENS, resamples=RESAMPLES
         ),
         table(["", "SmolLM2, packaged Q4_1"], rows),
-        f"The clock's overhead is {verdict} {100 * MOST:.0f} %.",
+        f"The clock's overhead is {verdict} {100 * MOST:.1f} %.",
     ])  # fmt: skip
 
 
