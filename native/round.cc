@@ -12,26 +12,15 @@ namespace {
 // so becomes the scale, instead of vanishing in the rounding.
 LM_INLINE float largest(f32x16 a, f32x16 b) {
   const i32x16 magnitude = splat_i(0x7fffffff);
-  i32x16 m = max_i(as_i32(a) & magnitude, as_i32(b) & magnitude);
-  int32_t v[16];
-  store_i(v, m);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+  const int32_t m = reduce_max(max_i(as_i32(a) & magnitude, as_i32(b) & magnitude));
   float r;
-  std::memcpy(&r, v, 4);
+  std::memcpy(&r, &m, 4);
   return r;
-}
-
-LM_INLINE int32_t sum_lanes(i32x16 a) {
-  int32_t v[16], sum = 0;
-  store_i(v, a);
-  for (int i = 0; i < 16; ++i) sum += v[i];
-  return sum;
 }
 
 // d = amax / 127, codes rint(x (1 / d)). A subnormal d may have no finite reciprocal: its codes are
 // 0. A block with a NaN or an infinity becomes NaN.
-void round_q8_block(const float* x, Q8Block* out) {
+LM_INLINE void round_q8_block(const float* x, Q8Block* out) {
   const f32x16 a = load(x), b = load(x + 16);
   const float amax = largest(a, b);
   const float d = amax < __builtin_inff() ? amax / 127.0f : __builtin_nanf("");
@@ -39,7 +28,7 @@ void round_q8_block(const float* x, Q8Block* out) {
   const i32x16 qa = round_i(a * splat(inverse)), qb = round_i(b * splat(inverse));
   store_i8(out->q, qa);
   store_i8(out->q + 16, qb);
-  const int32_t sa = sum_lanes(qa), sb = sum_lanes(qb), sum = sa + sb;
+  const int32_t sa = reduce_add(qa), sb = reduce_add(qb), sum = sa + sb;
   out->d = d;
   out->s = d * static_cast<float>(sum);
   out->n8 = -8 * sum;

@@ -70,20 +70,33 @@ LM_INLINE i32x16 to_bf16(f32x16 x) {
 LM_INLINE f32x16 abs(f32x16 x) { return as_f32(as_i32(x) & splat_i(0x7fffffff)); }
 
 // Sum and maximum of the 16 lanes, halves first: lane i with i + 8, then 4, 2, 1.
+#if !defined(LM_HAS_REDUCE)
+template <class T, class F>
+LM_INLINE T reduce_lanes(T (&v)[16], F&& combine) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = combine(v[i], v[i + half]);
+  return v[0];
+}
 LM_INLINE float reduce_add(f32x16 x) {
   float v[16];
   store(v, x);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+  return reduce_lanes(v, [](float a, float b) LM_LAMBDA { return a + b; });
 }
-
 LM_INLINE float reduce_max(f32x16 x) {
   float v[16];
   store(v, x);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-  return v[0];
+  return reduce_lanes(v, [](float a, float b) LM_LAMBDA { return a > b ? a : b; });
 }
+LM_INLINE int32_t reduce_add(i32x16 x) {
+  int32_t v[16];
+  store_i(v, x);
+  return reduce_lanes(v, [](int32_t a, int32_t b) LM_LAMBDA { return a + b; });
+}
+LM_INLINE int32_t reduce_max(i32x16 x) {
+  int32_t v[16];
+  store_i(v, x);
+  return reduce_lanes(v, [](int32_t a, int32_t b) LM_LAMBDA { return a > b ? a : b; });
+}
+#endif
 
 }  // namespace lmclock::LMCLOCK_PATH

@@ -1,7 +1,7 @@
 // simd.h on AVX2 with FMA and F16C: two 8-lane halves.
 #pragma once
 
-#include <immintrin.h>
+#include "simd_x86.h"
 
 namespace lmclock::LMCLOCK_PATH {
 
@@ -162,6 +162,12 @@ LM_INLINE i32x16 dot(i32x16 init, const i32x16 (&g)[N], const int8_t* x) {
   });
   return sum;
 }
+
+#define LM_HAS_REDUCE
+LM_INLINE float reduce_add(f32x16 x) { return reduce_add_8(_mm256_add_ps(x.lo, x.hi)); }
+LM_INLINE float reduce_max(f32x16 x) { return reduce_max_8(_mm256_max_ps(x.lo, x.hi)); }
+LM_INLINE int32_t reduce_add(i32x16 x) { return reduce_add_8(_mm256_add_epi32(x.lo, x.hi)); }
+LM_INLINE int32_t reduce_max(i32x16 x) { return reduce_max_8(_mm256_max_epi32(x.lo, x.hi)); }
 
 LM_INLINE f32x16 dot_bf16(f32x16 acc, i32x16 a, const void* x) {
   __m256i pair = broadcast4(x), high = _mm256_set1_epi32(static_cast<int>(0xffff0000));

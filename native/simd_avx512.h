@@ -1,7 +1,7 @@
 // simd.h on AVX-512 (F, BW, VL, DQ, VNNI, BF16). See simd.h for the rules.
 #pragma once
 
-#include <immintrin.h>
+#include "simd_x86.h"
 
 namespace lmclock::LMCLOCK_PATH {
 
@@ -139,6 +139,22 @@ LM_INLINE void dot_group_from(i32x16 (&sums)[G], const i32x16 (&g)[N],
 template <int Bits, int N, int G>
 LM_INLINE void dot_group(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* const (&x)[G]) {
   dot_group_from<0, 0>(sums, g, x);
+}
+
+#define LM_HAS_REDUCE
+LM_INLINE __m256 high(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
+LM_INLINE __m256i high(__m512i x) { return _mm512_extracti64x4_epi64(x, 1); }
+LM_INLINE float reduce_add(f32x16 x) {
+  return reduce_add_8(_mm256_add_ps(_mm512_castps512_ps256(x.v), high(x.v)));
+}
+LM_INLINE float reduce_max(f32x16 x) {
+  return reduce_max_8(_mm256_max_ps(_mm512_castps512_ps256(x.v), high(x.v)));
+}
+LM_INLINE int32_t reduce_add(i32x16 x) {
+  return reduce_add_8(_mm256_add_epi32(_mm512_castsi512_si256(x.v), high(x.v)));
+}
+LM_INLINE int32_t reduce_max(i32x16 x) {
+  return reduce_max_8(_mm256_max_epi32(_mm512_castsi512_si256(x.v), high(x.v)));
 }
 
 // acc + x[0] a[0] + x[1] a[1] for pairs of bf16; x one pair for all lanes.
