@@ -156,9 +156,21 @@ const void* keys_at(const Plan& p, const Sequence& s, int64_t h, int64_t positio
   return p.state->head(at.page, h) + at.offset / kGroup * l.group_bytes;
 }
 
+// Formats that are read in place have their values asked for in time; others are copied first, keys
+// and values together.
+bool read_in_place(const PageLayout& l) {
+  return l.format != CacheFormat::q8_0 && l.page_size % kGroup == 0;
+}
+
+int64_t ahead_bytes(const PageLayout& l) {
+  const bool whole = !read_in_place(l) && l.page_size == kPositions;
+  return whole ? l.head_bytes : int64_t{kGroups} * l.group_bytes;
+}
+
 void find_paged(const Plan& p, const Sequence& s, int64_t h, const Tile& t, Block& b) {
   const PageLayout& l = p.state->layout;
-  const bool direct = l.format != CacheFormat::q8_0 && l.page_size % kGroup == 0;
+  const bool direct = read_in_place(l);
+  b.value_bytes = direct ? int64_t{b.count} * l.row_bytes : 0;
   b.half = direct && l.format == CacheFormat::f16;
   b.value_stride = p.value_padded;
   for (int g = 0; kGroup * g < b.count; ++g) {
@@ -185,6 +197,7 @@ Block find_block(const Plan& p, const Sequence& s, int64_t h, const Span& span, 
   b.first = n * kPositions;
   b.count = static_cast<int>(smaller(kPositions, span.keys_end - b.first));
   b.ahead = n + 1 < span.blocks_end ? keys_at(p, s, h, b.first + kPositions) : nullptr;
+  if (b.ahead) b.ahead_bytes = ahead_bytes(p.state->layout);
   if (p.state) find_paged(p, s, h, t, b);
   else find_packed(p, s, h, b);
   return b;
@@ -255,7 +268,7 @@ void ask_for_keys(const Plan& p, const Sequence& s, int64_t h, int64_t position,
                   int64_t offset = 0) {
   const char* keys = static_cast<const char*>(keys_at(p, s, h, position));
   const int64_t bytes = keys ? int64_t{kGroups} * p.state->layout.group_bytes : 0;
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + offset + at, 0, 3);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(keys + offset + at, 0, 2);
 }
 
 void finish_tile(const Plan& p, const Sequence& s, int64_t h, const Span& span, const Tile& t) {

@@ -28,10 +28,8 @@ void prepare_scores(const Tile& t, const Block& b) {
 
 template <class E>
 void attend_positions(const Tile& t, const Block& b, float scale, bool prepared, Partial out) {
-  const int64_t value_bytes = b.count * b.value_stride * static_cast<int64_t>(sizeof(E));
-  const int64_t key_bytes = kPositions * t.key * static_cast<int64_t>(sizeof(E));
-  const Ahead values = Ahead::of(b.value[0], value_bytes, t.key);
-  const Ahead keys = Ahead::of(b.ahead, key_bytes, b.count);
+  const Ahead values = Ahead::of(b.value_bytes ? b.value[0] : nullptr, b.value_bytes, t.key);
+  const Ahead keys = Ahead::of(b.ahead, b.ahead_bytes, b.count);
   for_rows(t.queries, [&](auto r, int q) LM_LAMBDA {
     score_rows<r.value, E>(t.q + q, t.key, b, q == 0 ? values : Ahead{}, t.scores + q * kBlock);
   });

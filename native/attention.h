@@ -21,7 +21,9 @@ struct Block {
   bool half;                   // f16, else f32
   int64_t first;               // position (or index) of the first key
   int count;                   // 1 .. 64
-  const void* ahead;           // keys that will be read next, or null
+  const void* ahead;           // keys that will be read next, or null; so many bytes
+  int64_t ahead_bytes;
+  int64_t value_bytes;         // of this block's values where they still lie in memory, else 0
 };
 
 // What one block, or all blocks so far, give each query: maximum of the scores, sum of exp(score -

@@ -53,7 +53,9 @@ LM_INLINE f32x16 load_element(const uint16_t* p) { return load_f16(p); }
 
 // Memory asked for while something else is computed: the values of a block during its scores, the
 // next keys while the values are weighed. Keys and values of 64 positions are 8 KB each, too short
-// for the processor's own prefetching to get going.
+// for the processor's own prefetching to get going. Into the second-level cache: asked into the
+// first, as many lines wait for memory as for no prefetch at all (Zen 4, 1k to 4k positions: 54
+// against 30 us a layer).
 struct Ahead {
   const char* data;
   int lines;  // per step
@@ -65,7 +67,7 @@ struct Ahead {
     return {static_cast<const char*>(data), static_cast<int>(lines)};
   }
   LM_INLINE void step(Ahead& a) {
-    for (int n = 0; n < a.lines; ++n, a.data += 64) __builtin_prefetch(a.data, 0, 3);
+    for (int n = 0; n < a.lines; ++n, a.data += 64) __builtin_prefetch(a.data, 0, 2);
   }
 };
 

@@ -101,9 +101,7 @@ namespace {
 
 // 16 codes times one scale each.
 LM_INLINE void scale_codes(const int8_t* codes, f32x16 scale, float* out) {
-  float lanes[16];
-  for (int i = 0; i < 16; ++i) lanes[i] = static_cast<float>(codes[i]);
-  store(out, scale * load(lanes));
+  store(out, scale * to_f32(load_i8(codes)));
 }
 
 LM_INLINE float key_at(const PageLayout& l, const uint8_t* group, int d, int lane) {
@@ -143,15 +141,17 @@ void read_values(const PageLayout& l, const uint8_t* head, int offset, int count
   const int padded = (l.value + 15) / 16 * 16;
   for (int j = 0; j < count; ++j, out += padded) {
     const uint8_t* row = head + l.values_at + int64_t{offset + j} * l.row_bytes;
+    float scales[16];
     for (int d = 0; d < padded; d += 16) {
       if (l.format == CacheFormat::f32) {
         store(out + d, load(reinterpret_cast<const float*>(row) + d));
       } else if (l.format == CacheFormat::f16) {
         store(out + d, load_f16(reinterpret_cast<const uint16_t*>(row) + d));
       } else {
-        uint16_t scale;
-        std::memcpy(&scale, row + l.value + d / kScaleBlock * 2, 2);
-        scale_codes(reinterpret_cast<const int8_t*>(row) + d, splat(from_f16(scale)), out + d);
+        const int block = d / kScaleBlock;
+        // Up to 16 scales at once; what lies past the last one is memory of the arena.
+        if (d % (16 * kScaleBlock) == 0) store(scales, load_f16(row + l.value + 2 * block));
+        scale_codes(reinterpret_cast<const int8_t*>(row) + d, splat(scales[block % 16]), out + d);
       }
     }
   }
@@ -170,6 +170,24 @@ void round_to(CacheFormat format, const float* x, int64_t count, float* out) {
       scale_codes(codes, scale, out + k);
       scale_codes(codes + 16, scale, out + k + 16);
     }
+  }
+}
+
+void ask_to_store(const Frame& f, const isa::Instruction& i, const Worker& w) {
+  const State& state = f.states[i.state];
+  const PageTable& table = f.tables[state.declared];
+  const PageLayout& l = state.layout;
+  const SpaceRows& rows = rows_of(f, f.values[i.ins[0]]);
+  const Share s = share(f, w, rows.count * l.heads);
+  for (int64_t u = s.first; u < s.last; ++u) {
+    const int64_t r = u / l.heads;
+    if (!rows.valid[r]) continue;
+    const Place at = place_of(state, table, rows.owners[r], rows.positions[r]);
+    const char* head = reinterpret_cast<const char*>(state.head(at.page, u % l.heads));
+    const char* keys = head + at.offset / kGroup * l.group_bytes;
+    for (int64_t line = 0; line < l.group_bytes; line += 64) __builtin_prefetch(keys + line, 1, 3);
+    const char* values = head + l.values_at + int64_t{at.offset} * l.row_bytes;
+    for (int64_t line = 0; line < l.row_bytes; line += 64) __builtin_prefetch(values + line, 1, 3);
   }
 }
 

@@ -129,8 +129,9 @@ struct Ops {
   bool simple[kOpcodes];
   // Where thread `thread` starts to read weights when rows are few, or null.
   const uint8_t* (*start)(const Frame&, const isa::Instruction&, int thread);
-  // Asks for the keys and values that `attend` reads first.
+  // Asks for the keys and values that `attend` reads first, and for what `store` will write.
   void (*ask)(const Frame&, const isa::Instruction&, const Worker&);
+  void (*ask_to_store)(const Frame&, const isa::Instruction&, const Worker&);
 };
 
 // A share [first, last) of n units: thread t of all threads, boundaries at multiples of `grain`.

@@ -141,6 +141,7 @@ std::vector<const Kernels*> find_kernels() {
 }  // namespace
 
 const int64_t stream_ahead = is_intel() ? kStreamAhead : 0;
+const int64_t rows_ahead = is_intel() ? 0 : kStreamAhead;
 
 Layout layout_of(int format) {
   for (int i = 0; i < kLayouts; ++i)

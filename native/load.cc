@@ -209,6 +209,8 @@ void Machine::load_biases(Section& section) {
 
 // Elements of a row below which meeting at a barrier costs more than doing all of them.
 constexpr int64_t kAloneElements = 4096;
+// The same for `store`, whose elements lie in a cache line for every two.
+constexpr int64_t kAloneStored = 512;
 
 void Machine::load_schedule(int number) {
   Section& s = sections_[static_cast<size_t>(number)];
@@ -216,8 +218,17 @@ void Machine::load_schedule(int number) {
   for (const isa::Instruction& i : s.code) {
     const Value& x = s.values[static_cast<size_t>(i.ins[0])];
     const Value& y = i.outs[0] < 0 ? x : s.values[static_cast<size_t>(i.outs[0])];
-    const int32_t rows = static_cast<int32_t>(kAloneElements / std::max(x.width, y.width));
+    const bool stores = static_cast<Op>(i.op) == Op::store;
+    const int64_t elements = stores ? kAloneStored : kAloneElements;
+    const int32_t rows = static_cast<int32_t>(elements / std::max(x.width, y.width));
     s.alone.push_back({x.space, ops_->simple[i.op] ? rows : -1});
+  }
+  s.stores.assign(s.code.size(), -1);
+  for (size_t n = 0; n < s.code.size(); ++n) {
+    if (static_cast<Op>(s.code[n].op) != Op::store) continue;
+    size_t before = n;  // the last instruction that all threads work on
+    while (before > 0 && ops_->simple[s.code[before - 1].op]) --before;
+    if (before > 0) s.stores[before - 1] = static_cast<int32_t>(n);
   }
   for (int thread = 0; thread < team_.size(); ++thread)
     for (const isa::Instruction& i : s.code) s.starts.push_back(ops_->start(frame_, i, thread));

@@ -134,6 +134,10 @@ void Machine::check_whole(int section) {
 
 namespace {
 
+// Rows up to which memory to be stored to is asked for ahead: more would not stay in the
+// second-level cache beside the weights.
+constexpr int64_t kAskedRows = 16;
+
 inline int64_t stamp() {
 #if LMCLOCK_CLOCK
   return ticks();
@@ -164,6 +168,10 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
     const Alone& a = s.alone[static_cast<size_t>(n)];
     return frame_.rows[a.space].count <= a.rows;
   };
+  const auto few = [&](int32_t store) {
+    const Value& keys = s.values[static_cast<size_t>(code[store].ins[0])];
+    return frame_.rows[keys.space].count <= kAskedRows;
+  };
   const auto do_alone = [&](int64_t from, int64_t to) {
     for (int64_t n = from; n < to; ++n) {
       int64_t* at = stamps + 2 * (n - first);
@@ -185,6 +193,8 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
   while (n < last) {
     int64_t* at = stamps + 2 * (n - first);
     at[0] = stamp();
+    if (const int32_t store = s.stores[static_cast<size_t>(n)]; store >= 0 && few(store))
+      ops_->ask_to_store(frame_, code[store], worker);
     ops_->run[code[n].op](frame_, code[n], worker);
     at[1] = stamp();
     const int64_t next = skip(n + 1, n + 1);

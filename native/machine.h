@@ -131,6 +131,7 @@ class Machine {
     std::vector<Bias> biases;
     std::vector<Alone> alone;  // by instruction
     std::vector<const uint8_t*> starts;  // by thread and instruction: first weights read, or null
+    std::vector<int32_t> stores;  // by instruction: the `store` that soon follows it, or -1
     // A run of all instructions: what must be there before, and what the buffers hold after.
     bool whole = false;  // no instruction reads a value whose buffer another one has taken
     bool samples = false;

@@ -40,15 +40,17 @@ int64_t taken(const Product& p, int64_t rows) {
   return p.many ? p.many->take(p.w->layout, *p.x, rows) : 0;
 }
 
-// size = index into kTileRows, or kTileSizes for the many-row kernel
+// size = index into kTileRows, or kTileSizes for the many-row kernel; first: no other tile has read
+// the panel yet
 void compute(const Product& p, ManyConfig& config, int64_t panel, int64_t row, int64_t rows,
-             int size, float* out) {
+             int size, bool first, float* out) {
   const TileArgs args = {p.w->data + panel * p.w->panel_stride,
                          static_cast<const uint8_t*>(p.x->data) + row * p.x->stride,
                          p.x->stride,
                          p.w->width,
                          out,
-                         stream_ahead};
+                         stream_ahead,
+                         first && rows > 1 ? rows_ahead : 0};
   if (size == kTileSizes) return p.many->run(config, p.w->layout, args, rows);
   if (p.tiles) return p.tiles->by_rows[size](args);
   tile_f32(p.w->layout, p.x->act, args, size);
@@ -97,7 +99,7 @@ void linear_with(const ManyRows* many, const Linear& l, int64_t r0, int64_t r1, 
   ManyConfig config;
   alignas(64) float out[kMostRows * kPanel];
   auto tile = [&](int64_t row, int64_t rows, int size, int64_t panel) {
-    compute(product, config, panel, row, rows, size, out);
+    compute(product, config, panel, row, rows, size, row == r0, out);
     const int n = outputs_in(l.w, panel);
     const int64_t o = panel * kPanel;
     const f32x16 bias = l.bias ? load_part(l.bias + o, n) : splat(0.0f);
@@ -119,8 +121,8 @@ void glu_with(const ManyRows* many, const Glu& g, int64_t r0, int64_t r1, int64_
   ManyConfig config;
   alignas(64) float a[kMostRows * kPanel], b[kMostRows * kPanel];
   auto tile = [&](int64_t row, int64_t rows, int size, int64_t panel) {
-    compute(gate, config, panel, row, rows, size, a);
-    compute(up, config, panel, row, rows, size, b);
+    compute(gate, config, panel, row, rows, size, row == r0, a);
+    compute(up, config, panel, row, rows, size, row == r0, b);
     const int n = outputs_in(g.gate, panel);
     const int64_t o = panel * kPanel;
     const f32x16 gate_bias = g.gate_bias ? load_part(g.gate_bias + o, n) : splat(0.0f);

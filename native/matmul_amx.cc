@@ -235,7 +235,7 @@ void bf16_rows(const TileArgs& args, int64_t r, int64_t full, bool rest) {
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t n = 0; n < full; ++n, x += 64, w += 1024) {
-    prefetch<1024>(w, args.ahead);
+    prefetch<1024>(w, args);
     multiply_bf16<T>(x, args.x_stride, w);
   }
   if (rest) multiply_rest<T>(x, args.x_stride, w);

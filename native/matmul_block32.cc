@@ -17,7 +17,7 @@ struct Block32 {
     const uint8_t* end = args.panel + args.width / 32 * L::kBytes;
     for (const uint8_t* w = args.panel; w < end; w += L::kBytes) {
       RowSet<T>::pin(rows);
-      prefetch<L::kBytes>(w, args.ahead);
+      prefetch<L::kBytes>(w, args);
       BlockCodes b;
       L::load_block(w, b);
       step32<L::kBits, L::kOffset, L::kMin>(acc, b.d, b.m, b.g, rows);

@@ -40,7 +40,7 @@ LM_INLINE void accumulate(const TileArgs& args) {
   int64_t k = 0;
   f32x16 wk[W::kStep];
   for (; k + W::kStep <= args.width; k += W::kStep, w += W::kBytes) {
-    prefetch<W::kBytes>(w, args.ahead);
+    prefetch<W::kBytes>(w, args);
     W::load_k(w, wk);
     unroll<W::kStep>([&](auto i) LM_LAMBDA {
       unroll<T>([&](auto t)
@@ -71,7 +71,7 @@ struct Bf16Pairs {
     const uint8_t* x = args.x;
     const uint8_t* end = args.panel + (args.width + 1) / 2 * 64;
     for (const uint8_t* w = args.panel; w < end; w += 64, x += 4) {
-      prefetch<64>(w, args.ahead);
+      prefetch<64>(w, args);
       const i32x16 pair = load_i(w);
       unroll<T>([&](auto t) LM_LAMBDA { acc[t] = dot_bf16(acc[t], pair, x + t * args.x_stride); });
     }

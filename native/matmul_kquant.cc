@@ -21,7 +21,7 @@ struct TileQ4K {
       const uint8_t* p = w + Q4_K::kCodes;
       for (int pair = 0; pair < 8; pair += 2, p += 512) {
         RowSet<T>::pin(rows);
-        prefetch<Q4_K::kBytes / 4>(p, args.ahead);
+        prefetch<Q4_K::kBytes / 4>(p, args);
         i32x16 g[8];
         unroll<8>([&](auto i) LM_LAMBDA { g[i] = load_i(p + 64 * i) & low; });
         step32<4, 0, true>(acc, s.d[pair], s.m[pair], g, rows);
@@ -44,7 +44,7 @@ void row_q6k(const TileArgs& args) {
   for (const uint8_t* w = args.panel; w < end; w += Q6_K::kBytes) {
     const f32x16 d = load_f16(w);
     for (const uint8_t* half = w + 32; half < w + Q6_K::kBytes; half += Q6_K::kHalf) {
-      prefetch<Q6_K::kHalf>(half, args.ahead);
+      prefetch<Q6_K::kHalf>(half, args);
       i32x16 sums[8];
       unroll<8>([&](auto j) LM_LAMBDA { sums[j] = splat_i(q8(x + 64 * (j / 2)).n32[j % 2]); });
       unroll<8>([&](auto g) LM_LAMBDA {
@@ -87,7 +87,7 @@ struct TileQ6K {
     for (const uint8_t* w = args.panel; w < end; w += Q6_K::kBytes) {
       const f32x16 d = load_f16(w), none = splat(0.0f);
       for (const uint8_t* half = w + 32; half < w + Q6_K::kBytes; half += Q6_K::kHalf) {
-        prefetch<Q6_K::kHalf>(half, args.ahead);
+        prefetch<Q6_K::kHalf>(half, args);
         decode_half(half, codes);
         unroll<4>([&](auto block) LM_LAMBDA {
           RowSet<T>::pin(rows);
@@ -114,7 +114,7 @@ struct TileGeneric16 {
     const uint8_t* end = args.panel + args.width / 32 * 768;
     for (const uint8_t* w = args.panel; w < end; w += 768) {
       RowSet<T>::pin(rows);
-      prefetch<768>(w, args.ahead);
+      prefetch<768>(w, args);
       unroll<2>([&](auto h) LM_LAMBDA {
         const uint8_t* p = w + 384 * h;
         i32x16 g[4];

@@ -13,6 +13,7 @@ const Ops kOps = [] {
   };
   ops.start = start_of;
   ops.ask = ask_for_blocks;
+  ops.ask_to_store = ask_to_store;
   set(isa::Op::embed, op_embed, true);
   set(isa::Op::norm, op_norm, true);
   set(isa::Op::linear, op_linear);

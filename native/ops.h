@@ -65,6 +65,10 @@ GluKind glu_kind(int32_t kind);
 // Asks for the first block of keys and values that a thread reads, where blocks are shared out.
 void ask_for_blocks(const Frame& f, const isa::Instruction& i, const Worker& w);
 
+// Asks for the memory that `store` will write, an equal part on each thread: a position's keys lie
+// in as many cache lines as a head has pairs of elements.
+void ask_to_store(const Frame& f, const isa::Instruction& i, const Worker& w);
+
 // The first n lanes, or all 16: f32 rows end where their width ends.
 LM_INLINE f32x16 load_part(const float* p, int64_t n) {
   return n >= 16 ? load(p) : load_n(p, static_cast<int>(n));

@@ -126,6 +126,11 @@ LM_INLINE void store_i8(void* p, i32x16 x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), bytes);
 }
 
+LM_INLINE i32x16 load_i8(const void* p) {
+  const __m128i bytes = half_line(p, 0);
+  return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+}
+
 LM_INLINE __m256i broadcast4(const void* x) {
   int32_t v;
   std::memcpy(&v, x, 4);

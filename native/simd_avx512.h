@@ -93,6 +93,10 @@ LM_INLINE void store_i8(void* p, i32x16 x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
 }
 
+LM_INLINE i32x16 load_i8(const void* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
+
 // a = 4 unsigned bytes a lane, x = 4 signed bytes for all lanes: acc + their dot product. GCC does
 // not fold the broadcast into the instruction by itself, which would cost a load uop and a register
 // each time.

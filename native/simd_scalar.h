@@ -198,6 +198,13 @@ LM_INLINE i32x16 round_i(f32x16 a) {
   LM_EACH(i) r.v[i] = static_cast<int32_t>(f32_bits(a.v[i] + 0x1.8p23f) - f32_bits(0x1.8p23f));
   return r;
 }
+LM_INLINE i32x16 load_i8(const void* p) {
+  int8_t bytes[16];
+  std::memcpy(bytes, p, 16);
+  i32x16 r;
+  LM_EACH(i) r.v[i] = bytes[i];
+  return r;
+}
 LM_INLINE void store_i8(void* p, i32x16 x) {
   int8_t u[16];
   LM_EACH(i) u[i] = static_cast<int8_t>(x.v[i]);

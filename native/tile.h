@@ -50,12 +50,18 @@ struct RowSet {
   }
 };
 
-// Asks for the `Bytes` that lie `ahead` bytes after p.
-template <int Bytes>
+// Asks for the `Bytes` that lie `ahead` bytes after p: 3 into the first-level cache, 2 into the
+// second.
+template <int Bytes, int Level = 3>
 LM_INLINE void prefetch(const uint8_t* p, int64_t ahead) {
   if (!ahead) return;
   unroll<(Bytes + 63) / 64>([&](auto i)
-                                LM_LAMBDA { __builtin_prefetch(p + ahead + 64 * i, 0, 3); });
+                                LM_LAMBDA { __builtin_prefetch(p + ahead + 64 * i, 0, Level); });
+}
+template <int Bytes>
+LM_INLINE void prefetch(const uint8_t* p, const TileArgs& args) {
+  prefetch<Bytes>(p, args.ahead);
+  prefetch<Bytes, 2>(p, args.rows_ahead);
 }
 
 template <int T>
