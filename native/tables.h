@@ -27,7 +27,7 @@ struct TileArgs {
   int64_t width;
   float* out;     // [rows][16]
   int64_t ahead;       // stream_ahead
-  int64_t rows_ahead;  // the one of kernels.h where weights come from memory, else 0
+  int64_t rows_ahead = 0;  // that of kernels.h, for weights that come from memory
 };
 
 // Computes all of k for a fixed number of rows. The order of accumulation over k is part of the
