@@ -48,6 +48,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 # Cached positions, or new tokens of a model that caches none, when nobody asks for fewer.
 DEFAULT_CONTEXT = 8192
 TEXTS = 64  # of an encoder that may share a cycle
+BURST = 16  # cycles of a reply that nobody reads while it comes: see engine/burst.py
 LISTING = ".lmc"  # ending of a program written by hand
 
 
@@ -183,6 +184,7 @@ class Model:
     def generate(self, prompt: Prompt, **options: Any) -> Reply:
         """The whole continuation; options as for `stream`."""
         text = TextStream(self, prompt, **options)
+        text.most = BURST
         for _ in text:
             pass
         return text.reply
@@ -286,6 +288,7 @@ class TextStream:
         self.finish = ""  # why it ended
         self.text = ""  # what has come
         self.cycles: list[Cycle] = []
+        self.most = 1  # cycles between two looks at the pieces
         settings = sampling_of(sampling)
         ids = model.encode(prompt)
         if max_new_tokens is None and model.endless:
@@ -329,7 +332,7 @@ class TextStream:
         model.streams.append(self)
         try:
             while self._last is None and not self._cancelled:
-                model.engine.step()
+                model.engine.step(self.most)
                 yield from self._drain()
         finally:
             if self._last is None:

@@ -86,6 +86,13 @@ struct NotLive {
   int32_t value;
 };
 
+// What follows from one cycle for the next when each sequence has one row: values of the section.
+struct Feed {
+  int32_t ids = -1, positions = -1;  // inputs that take the new tokens and their positions, or -1
+  int32_t next = -1;                 // the tokens sampled
+  Span<int32_t> stops, stop_starts;  // ids that end a sequence; bounds of each one's (rows + 1)
+};
+
 // A fault of the last run, or none.
 struct RunFault {
   Fault fault;
@@ -107,6 +114,11 @@ class Machine {
   void bind(const BatchSource& batch);
   // Stamps: [instruction][thread][begin, end] for instructions first .. last - 1.
   RunFault run(int section, int64_t first, int64_t last, int64_t* stamps);
+  // At most `most` whole cycles of the bound batch, each fed by the one before and committed, and
+  // no further than the first in which a sequence ends. Stamps as of `run`, `bounds` begin and end
+  // of each run, `tokens` (most, rows). Gives how many are done; a fault only of the first.
+  int64_t run_many(int section, int64_t most, const Feed& feed, int64_t* stamps, int64_t* bounds,
+                   int32_t* tokens, RunFault* fault);
   void commit();
   void copy(int state, const int32_t* pairs, int64_t count);
 
@@ -173,6 +185,8 @@ class Machine {
   void bind_pages(const BatchSource& batch);
   void bind_sampling(const BatchSource& batch);
   void extend_ropes();
+  void check_feed(int section, const Feed& feed) const;
+  void advance(const Feed& feed, const int32_t* tokens);
   void interpret(const Section& section, int64_t first, int64_t last, int thread, int64_t* stamps);
   void check_state(const Section& section, const isa::Instruction& i);
   // What `value` of a section is called in holder_.

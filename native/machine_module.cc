@@ -184,6 +184,11 @@ void bind(Machine& machine, nb::handle batch, nb::list inputs, nb::list states,
   machine.bind(reader.source);
 }
 
+nb::object fault_of(const RunFault& fault) {
+  if (fault.fault == Fault::none) return nb::none();
+  return nb::make_tuple(static_cast<int>(fault.fault), fault.instruction, fault.value, fault.limit);
+}
+
 // (begin, end, fault): the fault is None or (kind, instruction, value, limit). `table` is int64
 // (instructions, threads, 2).
 nb::tuple run(Machine& machine, int section, int64_t first, int64_t last, nb::handle table) {
@@ -198,9 +203,32 @@ nb::tuple run(Machine& machine, int section, int64_t first, int64_t last, nb::ha
     fault = machine.run(section, first, last, const_cast<int64_t*>(stamps.data));
     end = ticks();
   }
-  if (fault.fault == Fault::none) return nb::make_tuple(begin, end, nb::none());
-  return nb::make_tuple(begin, end, nb::make_tuple(static_cast<int>(fault.fault), fault.instruction,
-                                                   fault.value, fault.limit));
+  return nb::make_tuple(begin, end, fault_of(fault));
+}
+
+// (cycles done, fault of the first or None). `feed` is (ids, positions, next, stops, stop_starts);
+// the arrays are int64 (most, instructions, threads, 2), int64 (most, 2) and int32 (most, rows).
+nb::tuple run_many(Machine& machine, int section, int64_t instructions, nb::tuple feed,
+                   nb::handle table, nb::handle bounds, nb::handle tokens) {
+  Views views;
+  const auto number = [&](size_t n) { return nb::cast<int32_t>(feed[n]); };
+  const Feed fed = {number(0), number(1), number(2), views.get<int32_t>(feed[3]),
+                    views.get<int32_t>(feed[4])};
+  const Span<int64_t> stamps = views.get<int64_t>(table), ends = views.get<int64_t>(bounds);
+  const Span<int32_t> out = views.get<int32_t>(tokens);
+  const int64_t most = ends.size / 2;
+  require(stamps.size == 2 * most * instructions * machine.threads() &&
+              out.size == most * (fed.stop_starts.size - 1),
+          "the tables do not fit the cycles");
+  RunFault fault = {Fault::none, 0, 0, 0};
+  int64_t done;
+  {
+    nb::gil_scoped_release unlocked;
+    done = machine.run_many(section, most, fed, const_cast<int64_t*>(stamps.data),
+                            const_cast<int64_t*>(ends.data), const_cast<int32_t*>(out.data),
+                            &fault);
+  }
+  return nb::make_tuple(done, fault_of(fault));
 }
 
 // The content of a value, or None when its buffer holds another.
@@ -265,6 +293,7 @@ void bind_machine(nb::module_& m) {
       .def("load", &load)
       .def("bind", &bind)
       .def("run", &run)
+      .def("run_many", &run_many)
       .def("commit", &Machine::commit)
       .def("copy", [](Machine& machine, int state, nb::handle pairs) {
         Views views;

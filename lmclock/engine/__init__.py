@@ -23,6 +23,7 @@ import numpy as np
 from lmclock.batch import Batch
 from lmclock.cache import Cache
 from lmclock.cycle import Cycle, Run
+from lmclock.engine.burst import LONGEST, Burst, burst_length
 from lmclock.engine.decode import Decoder
 from lmclock.engine.facts import read_facts
 from lmclock.engine.fetch import Plan, Scheduler
@@ -75,6 +76,7 @@ class Engine:
         self._news: list[Event] = []
         self._number = 0
         self._cycles = 0
+        self._took = 0  # ticks of the last cycle
 
     @property
     def busy(self) -> bool:
@@ -127,8 +129,9 @@ class Engine:
         self._forget(self._news[-1])
         return True
 
-    def step(self) -> Cycle | None:
-        """One clock cycle; `events` holds its news.
+    def step(self, most: int = 1) -> Cycle | None:
+        """One clock cycle, or up to `most` where they need nothing in between (burst.py); `events`
+        holds their news, and the last one is returned.
 
         None when no sequence is left to run, or when the machine failed: a sequence that fails
         alone ends with `error`; of several, each is run alone in the cycles that follow.
@@ -145,6 +148,9 @@ class Engine:
         batch = self.decoder.decode(plan)
         self.machine.bind(batch)
         decoded = now()
+        length = self._burst_length(plan, most)
+        if length > 1:
+            return self._burst(plan, batch, length, (begin, fetched, decoded))
         try:
             runs, values = self._execute(plan, batch)
         except LmclockError as error:
@@ -159,14 +165,42 @@ class Engine:
         self.machine.commit()
         outcome = write_back(plan, sampled, values, self.facts, self.cache)
         self._tell(outcome.events)
-        self._cycles += 1
         cycle = Cycle(
-            self._cycles - 1, batch, tuple(runs), (begin, fetched, decoded, executed, now()),
+            self._cycles, batch, tuple(runs), (begin, fetched, decoded, executed, now()),
             outcome.prompt_rows, outcome.decode_rows, outcome.retired, tuple(outcome.decoding),
         )  # fmt: skip
+        return self._record([cycle])
+
+    def _burst_length(self, plan: Plan, most: int) -> int:
+        """How many cycles run in one call: so many that none is noticed to be late."""
+        traits = self.machine.traits
+        if most < 2 or not traits.many or not self._took:
+            return 1
+        fit = int(LONGEST * traits.tick_rate / self._took)
+        return burst_length(plan, self.scheduler, self.facts, min(most, fit))
+
+    def _burst(
+        self, plan: Plan, batch: Batch, length: int, stamps: tuple[int, int, int]
+    ) -> Cycle | None:
+        try:
+            burst = Burst.run(self.machine, plan, batch, self.facts, length)
+        except LmclockError as error:
+            self._fail(plan, str(error))
+            return None
+        cycles = list(burst.write_back(self.facts, self.cache, self._cycles, *stamps))
+        self._tell(burst.events)
+        cycles[-1] = replace(cycles[-1], stamps=(*cycles[-1].stamps[:4], self.machine.now()))
+        return self._record(cycles)
+
+    def _record(self, cycles: list[Cycle]) -> Cycle:
+        """Count the cycles and let them be heard; the last one."""
+        self._cycles += len(cycles)
+        last = cycles[-1]
+        self._took = last.stamps[4] - last.stamps[0]
         if self.on_cycle:
-            self.on_cycle(cycle)
-        return cycle
+            for cycle in cycles:
+                self.on_cycle(cycle)
+        return last
 
     def _observed(self, batch: Batch, runs: list[Run]) -> Batch:
         """The batch with what its routers chose, for those who read the record."""

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from lmclock.batch import Batch
-from lmclock.errors import OptionError, choices
+from lmclock.errors import OptionError, UnsupportedError, choices
 from lmclock.formats import FORMATS, Format
 from lmclock.program import Program
 
@@ -81,6 +81,19 @@ class Ticks:
 
 
 @dataclass(frozen=True)
+class Feed:
+    """How run_many makes a cycle from the one before: the inputs that take the tokens sampled and
+    their positions (None: there is no such input), the value that holds the tokens, and the ids
+    that end each sequence.
+    """
+
+    ids: str | None
+    positions: str | None
+    next: str
+    stops: Sequence[Collection[int]]
+
+
+@dataclass(frozen=True)
 class Traits:
     """What a machine can do, so that callers ask instead of guessing by name."""
 
@@ -92,6 +105,7 @@ class Traits:
     grain: str = "instruction"  # what a row of Ticks.table stands for: instruction or run
     gradients: bool = False
     buckets: tuple[int, ...] = ()  # row counts it pads to; () for any
+    many: bool = False  # it has run_many
 
 
 class Machine(ABC):
@@ -117,6 +131,14 @@ class Machine(ABC):
     @abstractmethod
     def run(self, section: str, first: int = 0, last: int | None = None) -> Ticks:
         """Execute instructions first..last-1 of `section` on the bound batch."""
+
+    def run_many(self, section: str, most: int, feed: Feed) -> tuple[list[Ticks], np.ndarray]:
+        """Up to `most` whole cycles from the bound batch of one picked row a sequence, each fed
+        with the tokens of the one before and committed; the last is one in which a sequence samples
+        an id of its `feed.stops`. Their ticks, and the tokens (cycles, rows). Only where
+        traits.many says so.
+        """
+        raise UnsupportedError(f"machine {self.traits.name!r} runs one cycle at a time")
 
     @abstractmethod
     def commit(self) -> None: ...

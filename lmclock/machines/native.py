@@ -20,7 +20,7 @@ from lmclock.batch import Batch
 from lmclock.errors import LmclockError, OptionError, ProgramError, UnsupportedError, choices
 from lmclock.formats import FORMATS, get_format
 from lmclock.isa import OPCODES, SPACES, Instruction
-from lmclock.machines import Capacity, Machine, Tensor, Ticks, Traits
+from lmclock.machines import Capacity, Feed, Machine, Tensor, Ticks, Traits
 from lmclock.program import CACHE_FORMATS, STATE_KINDS, Program, encode, value_names
 
 SECTIONS = ("encode", "step")
@@ -49,7 +49,7 @@ class NativeMachine(Machine):
         self.now = _native.ticks  # type: ignore[method-assign]
         self.path: str = self._core.path
         self._absent = "no program is loaded"  # why nothing can be run; empty when it can
-        self.traits = Traits("native", threads, tuple(FORMATS), rate, source)
+        self.traits = Traits("native", threads, tuple(FORMATS), rate, source, many=True)
 
     # --- load
 
@@ -119,14 +119,29 @@ class NativeMachine(Machine):
         try:
             begin, end, fault = self._core.run(number, first, last, table)
         except LookupError as error:
-            name = self._names[section][error.args[0]]
-            raise ProgramError(
-                f"value {name} is not in its register: it is not defined yet, or another value has "
-                "taken its place; load the program with keep= for it"
-            ) from None
+            raise self._gone(self._names[section][error.args[0]]) from None
         if fault:
             self._raise(instructions[fault[1]], *fault)
         return Ticks(begin, end, table, first)
+
+    def run_many(self, section: str, most: int, feed: Feed) -> tuple[list[Ticks], np.ndarray]:
+        if self._absent:
+            raise ProgramError(self._absent)
+        self._last_section = section
+        instructions, numbers = self._instructions[section], self._numbers[section]
+        inputs = [-1 if name is None else numbers[name] for name in (feed.ids, feed.positions)]
+        starts = np.cumsum([0, *map(len, feed.stops)], dtype=np.int32)
+        stops = np.array([token for ids in feed.stops for token in ids], np.int32)
+        table = np.empty((most, len(instructions), self.traits.threads, 2), np.int64)
+        bounds, tokens = np.empty((most, 2), np.int64), np.empty((most, len(feed.stops)), np.int32)
+        done, fault = self._core.run_many(
+            self._sections[section], len(instructions),
+            (*inputs, numbers[feed.next], stops, starts), table, bounds, tokens,
+        )  # fmt: skip
+        if fault:
+            self._raise(instructions[fault[1]], *fault)
+        edges = bounds[:done].tolist()
+        return [Ticks(a, b, table[n]) for n, (a, b) in enumerate(edges)], tokens[:done]
 
     def commit(self) -> None:
         if self._absent:

@@ -1,0 +1,117 @@
+"""Bursts: several decode cycles in one call of the machine.
+
+Between two cycles Python finds the caches of the processor full of weights, and what takes 15 us
+warm takes 150. Where nothing of a cycle depends on Python (all sequences decode, no receivers, no
+penalties, nobody waits) the machine feeds itself, and the cycles are written back together. Each
+still has its record and its stamps: those of a burst touch, and writing back is the last one's.
+
+A sequence that its sink ends in the middle leaves cycles behind that were for nothing. Their
+records say so (`kept`), nothing of them is committed, and other sequences compute the same again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lmclock.batch import Batch, Rows
+from lmclock.cache import Cache
+from lmclock.cycle import Cycle, Run
+from lmclock.engine.facts import POSITIONS, TOKENS, Facts
+from lmclock.engine.fetch import Plan, Scheduler
+from lmclock.engine.request import Event
+from lmclock.engine.write_back import Outcome, write_back
+from lmclock.machines import Feed, Machine, Ticks
+
+LONGEST = 0.05  # seconds: so long may a caller wait before it can cancel
+
+
+def burst_length(plan: Plan, scheduler: Scheduler, facts: Facts, most: int) -> int:
+    """How many cycles may follow each other from this plan on, up to `most`."""
+    if most < 2 or scheduler.waiting or scheduler.suspects or facts.fixed or facts.encodes:
+        return 1
+    if facts.next is None or any(i.name not in TOKENS + POSITIONS for i in facts.inputs):
+        return 1
+    for sequence, first, count in plan.spans:
+        held, request = sequence.held, sequence.request
+        assert held is not None
+        new = sequence.prompt_length <= first == len(sequence.tokens) - 1
+        if count != 1 or not new or request.want or sequence.tally:
+            return 1
+        most = min(most, sequence.last - len(sequence.tokens), held.ready - first)
+    return most if sum(plan.picks) == len(plan.spans) else 1
+
+
+def feed_of(plan: Plan, facts: Facts) -> Feed:
+    """What run_many is told of the plan's sequences."""
+    names = [i.name for i in facts.inputs]
+    ids = next((name for name in names if name in TOKENS), None)
+    positions = next((name for name in names if name in POSITIONS), None)
+    assert facts.next is not None
+    return Feed(ids, positions, facts.next, [sequence.stops for sequence, _, _ in plan.spans])
+
+
+@dataclass
+class Burst:
+    """Cycles that ran in one call, on their way to be written back one after the other."""
+
+    plan: Plan
+    batch: Batch  # of the next cycle to be written back
+    ticks: list[Ticks]
+    tokens: np.ndarray  # (cycles, sequences)
+    events: list[Event] = field(default_factory=list)
+
+    @staticmethod
+    def run(machine: Machine, plan: Plan, batch: Batch, facts: Facts, most: int) -> Burst:
+        """At least one cycle of a bound batch; what the machine raises is of the first."""
+        ticks, tokens = machine.run_many(facts.main, most, feed_of(plan, facts))
+        return Burst(plan, batch, ticks, tokens)
+
+    def write_back(
+        self, facts: Facts, cache: Cache, number: int, begin: int, fetched: int, decoded: int
+    ) -> Iterator[Cycle]:
+        """The records, each once it is written back; the first one's stamps are given. The last
+        one's end is when it was made.
+        """
+        nothing = np.zeros(len(self.plan.spans), bool)
+        over = False  # a sink has ended a sequence before this cycle
+        for n, (ticks, tokens) in enumerate(zip(self.ticks, self.tokens, strict=True)):
+            if n:
+                self.batch = _following(self.batch, self.tokens[n - 1], facts)
+                begin = fetched = self.ticks[n - 1].end
+                decoded = ticks.begin
+            if over:
+                rows = len(self.plan.spans)
+                outcome = Outcome(decode_rows=rows, decoding=[True] * rows)
+            else:
+                plan = _later(self.plan, n)
+                outcome = write_back(plan, tokens.tolist(), {}, facts, cache)
+                self.events += outcome.events
+            yield Cycle(
+                number + n, self.batch, (Run(facts.main, ticks),),
+                (begin, fetched, decoded, ticks.end, ticks.end), outcome.prompt_rows,
+                outcome.decode_rows, outcome.retired, tuple(outcome.decoding),
+                nothing if over else None,
+            )  # fmt: skip
+            over |= any(event.finish for event in outcome.events)
+
+
+def _following(batch: Batch, tokens: np.ndarray, facts: Facts) -> Batch:
+    """The batch of the cycle after `batch`, in which `tokens` were sampled."""
+    old = batch.rows[facts.space]
+    rows = Rows(old.starts, old.positions + np.int32(1), old.valid)
+    inputs = {
+        i.name: tokens[:, None] if i.name in TOKENS else rows.positions[:, None]
+        for i in facts.inputs
+    }
+    sampling = batch.sampling.copy()
+    sampling["draw"] += (sampling["temperature"] != 0).astype(np.uint64)  # greedy rows draw nothing
+    return replace(batch, rows={facts.space: rows}, inputs=inputs, sampling=sampling)
+
+
+def _later(plan: Plan, cycles: int) -> Plan:
+    """The plan so many cycles on."""
+    spans = [(sequence, first + cycles, count) for sequence, first, count in plan.spans]
+    return Plan(spans, plan.picks)
