@@ -46,11 +46,8 @@ class Cycle:
 
     @property
     def kind(self) -> str:
-        """decode, prefill or mixed; encode when no token row ran, as in an encoder's cycles."""
-        if "tok" not in self.batch.rows:
-            return "encode"
-        if self.prompt_rows and self.decode_rows:
-            return "mixed"
-        if self.prompt_rows:
-            return "prefill"
-        return "decode" if self.decode_rows else "encode"
+        """encode (encoder rows ran, perhaps with a target's first), prefill, decode, or mixed."""
+        encoded = any(run.section == "encode" for run in self.runs)
+        if self.decode_rows:
+            return "mixed" if self.prompt_rows or encoded else "decode"
+        return "encode" if encoded else "prefill"

@@ -291,7 +291,7 @@ def test_a_cycle_of_two_sections_has_one_roof() -> None:
     memory, compute = sum(x.memory.sum() for x in apart), sum(x.compute.sum() for x in apart)
     assert account.bound == pytest.approx(max(memory, compute) * RATE)
     assert account.bound < sum(x.total.sum() for x in apart) * RATE, "one overlaps the other"
-    assert clock.kinds["decode"].traffic.keys() == {"encode", "step"}
+    assert clock.kinds["mixed"].traffic.keys() == {"encode", "step"}
 
 
 # --- what is remembered

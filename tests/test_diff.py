@@ -11,7 +11,7 @@ from tiny import llama
 
 from lmclock.batch import Batch
 from lmclock.debug.diff import TOLERANCE, Difference, compare, diff
-from lmclock.errors import ContextError, OptionError, UnsupportedError
+from lmclock.errors import ContextError, OptionError
 from lmclock.listing import parse
 from lmclock.machines import Capacity, Machine, Tensor, Ticks, create
 from lmclock.passes import optimise
@@ -160,7 +160,7 @@ def test_what_diff_cannot_run_is_said() -> None:
     with pytest.raises(OptionError, match="the prompt is empty"):
         diff(PROGRAM, WEIGHTS, a, b, [])
     text = 'program t "t"\ninput x tok f32 width=4\nsection step\nact y, x kind=relu\n'
-    with pytest.raises(UnsupportedError, match="this one reads x"):
+    with pytest.raises(OptionError, match="input 'x' of the program is not given"):
         diff(parse(text), {}, a, b, [1])
 
 

@@ -33,7 +33,7 @@ RANKS = {
     **dict.fromkeys(("hardware", "cycle"), 8),
     **dict.fromkeys(("roofline", "clock", "engine"), 9),
     **dict.fromkeys(("reports", "debug", "encode", "train", "serve", "tune"), 10),
-    "model": 11,
+    **dict.fromkeys(("model", "probe"), 11),
     "cli": 12,
     **dict.fromkeys(("__init__", "__main__"), 13),
 }

@@ -10,7 +10,7 @@ import click
 from lmclock.cli import options
 from lmclock.debug.diff import TOLERANCE, Difference, diff
 from lmclock.machines import MACHINES, create
-from lmclock.model import tokenizer_of
+from lmclock.probe import work_of
 
 
 @click.command("diff", help="Run two machines in lockstep and compare every instruction.")
@@ -57,10 +57,10 @@ def command(
     as_json: bool,
 ) -> None:
     assembled, program = loading.program()
-    text = options.DEFAULT_PROMPT if prompt is None else prompt
-    ids = tokenizer_of(assembled).encode(text)
+    work = work_of(assembled, prompt)
     with closing(create(first)) as a, closing(create(second)) as b:
-        found = diff(program, assembled.weights, a, b, ids, steps, accumulate)
+        found = diff(program, assembled.weights, a, b, work.ids, steps, accumulate,
+                     source=work.source, inputs=work.inputs)  # fmt: skip
     diverged = next((d for d in found if d.diverges(tolerance)), None)
     if as_json:
         entries = [dataclasses.asdict(d) | {"diverges": d.diverges(tolerance)} for d in found]

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_MODEL = "smollm2"
-DEFAULT_PROMPT = "The clock of a processor is"
 Function = Callable[..., Any]
 
 

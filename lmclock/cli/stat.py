@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from lmclock.cli import options
+from lmclock.probe import probe
 from lmclock.reports.stat import print_stat
 from lmclock.reports.summary import summary
 
@@ -29,15 +30,14 @@ def command(
     hottest: int,
     as_json: bool,
 ) -> None:
-    text = options.DEFAULT_PROMPT if prompt is None else prompt
     if sampling["max_new_tokens"] is None:
         sampling["max_new_tokens"] = 64
-    # Without reuse of prefixes the reply computes its whole prompt, though the first one did too.
+    # Without reuse of prefixes the run computes its whole prompt, though the first one did too.
     with loading.load(prefix_reuse=False) as model:
         options.measure_limits(model)
-        # One reply that does not count: pages are touched and caches warm when the clock starts.
-        model.cycles_of(text, **{**sampling, "max_new_tokens": min(2, sampling["max_new_tokens"])})
-        cycles = model.cycles_of(text, **sampling)
+        # One run that does not count: pages are touched and caches warm when the clock starts.
+        probe(model, prompt, **{**sampling, "max_new_tokens": min(2, sampling["max_new_tokens"])})
+        cycles = probe(model, prompt, **sampling)
         report = summary(model.clock(cycles), model.machine.traits)
     if as_json:
         options.print_json(report)

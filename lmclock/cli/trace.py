@@ -9,6 +9,7 @@ import click
 
 from lmclock.cli import options
 from lmclock.errors import FileError
+from lmclock.probe import probe
 from lmclock.reports.trace import write_trace
 
 
@@ -30,12 +31,11 @@ def command(
     sampling: dict[str, Any],
     as_json: bool,
 ) -> None:
-    text = options.DEFAULT_PROMPT if prompt is None else prompt
     if sampling["max_new_tokens"] is None:
         sampling["max_new_tokens"] = 16
     _check_output(Path(output))
     with loading.load() as model:
-        cycles = model.cycles_of(text, **sampling)
+        cycles = probe(model, prompt, **sampling)
         try:
             with open(output, "w", encoding="utf-8") as file:
                 written = write_trace(cycles, model.program, model.machine.traits, file)

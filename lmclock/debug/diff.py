@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmclock.batch import SAMPLING, Batch, Rows
-from lmclock.errors import ContextError, OptionError, UnsupportedError
+from lmclock.engine.facts import POSITIONS, TOKENS, Facts, read_facts
+from lmclock.errors import ContextError, OptionError
 from lmclock.isa import Instruction
 from lmclock.listing import assembly
 from lmclock.machines import Capacity, Machine, Tensor
@@ -22,13 +23,12 @@ from lmclock.program import Program
 
 TOLERANCE = 1e-7
 PAGE = 64
-GIVEN = ("ids", "pos", "src_ids", "src_pos", "types")  # inputs there is something to give for
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One result of one instruction in one cycle. `nmse` is inf where only one machine has a NaN
-    or an infinity, or both have different ones.
+    """One result of one instruction in one cycle; `number` counts within its section. `nmse` is inf
+    where only one machine has a NaN or an infinity, or both have different ones.
     """
 
     cycle: int
@@ -37,6 +37,7 @@ class Difference:
     value: str
     nmse: float
     largest: float  # largest absolute difference
+    section: str = "step"
 
     def diverges(self, tolerance: float = TOLERANCE) -> bool:
         return not self.nmse <= tolerance
@@ -50,55 +51,88 @@ def diff(
     ids: Sequence[int],
     steps: int = 2,
     accumulate: bool = False,
+    *,
+    source: Sequence[int] = (),
+    inputs: Mapping[str, np.ndarray] | None = None,
 ) -> list[Difference]:
-    """A prefill of `ids`, then `steps` decode cycles on a's greedy tokens, or one pass of an
-    encoder; one entry per result.
+    """A cycle over the rows of `ids`, after `source` where the program has an encoder beside its
+    steps, then `steps` decode cycles on a's greedy tokens where it samples; one entry per result.
+    `inputs` are (rows, width) of what else the program reads; ids that are not given are 0.
 
-    ContextError when they do not fit the program's context, UnsupportedError for a program that
-    takes more than token ids or does not sample.
+    ContextError when they do not fit the program's context, OptionError for what is missing.
     """
-    main = "step" if program.has("step") else "encode"
-    body = program.section(main).instructions
-    strangers = [i.name for i in program.inputs if i.name not in GIVEN]
-    if strangers or (main == "step" and body[-1].op != "sample"):
-        what = f"reads {strangers[0]}" if strangers else "does not sample"
-        raise UnsupportedError(f"diff runs programs from ids to a sampled token; this one {what}")
-    if not len(ids):
-        raise OptionError("the prompt is empty; it needs at least 1 token")
-    steps = steps if main == "step" else 0
+    facts = read_facts(program)
+    steps = steps if facts.next and facts.carries else 0
+    given = _given(program, facts, ids, source, inputs or {})
     total = len(ids) + steps
-    if program.context and total > program.context:
-        raise ContextError(f"{total} tokens do not fit the context of {program.context}")
-    pages = {s.name: -(-total // PAGE) for s in program.states if s.kind == "paged"}
-    capacity = Capacity(rows=len(ids), picks=1, slots=1, page_size=PAGE, pages=pages)
-    keep = tuple(o for i in body for o in i.outs)
+    if facts.context and total > facts.context:
+        raise ContextError(f"{total} tokens do not fit the context of {facts.context}")
+    size = {"paged": total, "frozen": len(source)}
+    pages = {s.name: -(-size[s.kind] // PAGE) for s in program.states if s.kind in size}
+    rows = max(len(ids), len(source))
+    capacity = Capacity(rows=rows, picks=1, slots=1, page_size=PAGE, pages=pages)
+    sections = [*(["encode"] if facts.encodes else []), facts.main]
+    keep = tuple(o for s in sections for i in program.section(s).instructions for o in i.outs)
     for machine in (a, b):
         machine.load(program, weights, capacity, keep=keep)
     found: list[Difference] = []
     tokens, first = list(ids), 0
     for cycle in range(steps + 1):
-        batch = _batch(program, tokens[first:], first, pages)
+        batch = _batch(facts, tokens[first:], first, pages, source, given if cycle == 0 else {})
         for machine in (a, b):
             machine.bind(batch)
-        for number, i in enumerate(body):
-            found += _instruction(a, b, main, i, cycle, number, accumulate)
+        for section in sections if cycle == 0 else sections[-1:]:
+            for number, i in enumerate(program.section(section).instructions):
+                found += _instruction(a, b, i, (cycle, number, section), accumulate)
         for machine in (a, b):
             machine.commit()
         first = len(tokens)
-        if steps:
-            tokens.append(int(a.read(body[-1].outs[0])[0, 0]))
+        if steps and facts.next:
+            tokens.append(int(a.read(facts.next)[0, 0]))
+    return found
+
+
+def _given(
+    program: Program,
+    facts: Facts,
+    ids: Sequence[int],
+    source: Sequence[int],
+    inputs: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """The inputs of the first cycle that are neither tokens nor positions."""
+    if not len(ids):
+        raise OptionError("the prompt is empty; it needs at least 1 token")
+    if bool(len(source)) != facts.encodes:
+        raise OptionError(
+            "this program needs source tokens, but there are none"
+            if facts.encodes
+            else f"program {program.name!r} takes no source tokens"
+        )
+    found: dict[str, np.ndarray] = {}
+    for i in facts.inputs:
+        if i.name in TOKENS + POSITIONS:
+            continue
+        rows = len(ids) if i.space == facts.space else len(source)
+        if i.name not in inputs and not i.ids:
+            raise OptionError(f"input {i.name!r} of the program is not given")
+        x = np.asarray(inputs.get(i.name, np.zeros((rows, i.width))))
+        if x.shape != (rows, i.width):
+            raise OptionError(f"input {i.name!r} has shape {x.shape}; valid: {(rows, i.width)}")
+        found[i.name] = x.astype(np.int32 if i.ids else np.float32)
     return found
 
 
 def _instruction(
-    a: Machine, b: Machine, section: str, i: Instruction, cycle: int, number: int, accumulate: bool
+    a: Machine, b: Machine, i: Instruction, at: tuple[int, int, str], accumulate: bool
 ) -> list[Difference]:
+    cycle, number, section = at
     a.run(section, number, number + 1)
     b.run(section, number, number + 1)
     found = []
     for name in i.outs:
         x, y = a.read(name), b.read(name)
-        found.append(Difference(cycle, number, assembly(i), name, *compare(x, y)))
+        entry = Difference(cycle, number, assembly(i), name, *compare(x, y), section=section)
+        found.append(entry)
         if not accumulate:
             b.write(name, x)  # the next instructions start from the same numbers
     return found
@@ -118,20 +152,39 @@ def compare(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return (error / power if power else float("inf")), float(np.abs(gap).max())
 
 
-def _batch(program: Program, ids: list[int], first: int, pages: dict[str, int]) -> Batch:
-    rows = Rows.of([(first, len(ids))])
-    space = "tok" if program.has("step") else "src"
-    tokens, positions = np.array(ids, np.int32)[:, None], rows.positions[:, None]
-    inputs = dict(zip(GIVEN, (tokens, positions, tokens, positions, tokens * 0), strict=True))
-    picks = [len(ids) - 1] if space == "tok" else []
+def _batch(
+    facts: Facts,
+    ids: list[int],
+    first: int,
+    pages: dict[str, int],
+    source: Sequence[int],
+    given: Mapping[str, np.ndarray],
+) -> Batch:
+    """One sequence; its encoder rows run in the first cycle only."""
+    spans = {facts.space: (first, ids)}
+    if facts.encodes and first == 0:
+        spans["src"] = (0, [*source])
+    rows = {space: Rows.of([(at, len(part))]) for space, (at, part) in spans.items()}
+    inputs = dict(given)
+    for i in facts.inputs:
+        if i.space not in spans:
+            continue
+        if i.name in TOKENS:
+            inputs[i.name] = np.array(spans[i.space][1], np.int32)[:, None]
+        elif i.name in POSITIONS:
+            inputs[i.name] = rows[i.space].positions[:, None]
+        elif i.name not in given:
+            count = len(rows[i.space])
+            inputs[i.name] = np.zeros((count, i.width), np.int32 if i.ids else np.float32)
     greedy = np.zeros(1, SAMPLING)
     greedy["top_p"] = greedy["repetition"] = 1
     return Batch(
-        {space: rows},
-        {i.name: inputs[i.name] for i in program.inputs},
+        rows,
+        inputs,
         np.zeros(1, np.int32),
         {name: [np.arange(count, dtype=np.int32)] for name, count in pages.items()},
+        {name: np.array([len(source)], np.int32) for name in facts.frozen},
         page_size=PAGE,
-        pick=np.array(picks, np.int32),
-        sampling=greedy[: len(picks)],
+        pick=np.array([len(ids) - 1] if facts.picks else [], np.int32),
+        sampling=greedy if facts.picks else greedy[:0],
     )

@@ -1,0 +1,111 @@
+"""One piece of work for any kind of model: what the verbs that look at cycles run.
+
+    cycles = probe(model, "The clock of a processor is", max_new_tokens=16)
+
+A text becomes the prompt of a decoder, the rows of an encoder, or the source of a translator, whose
+decoder begins as its files say. For a net that takes numbers the text holds some: a row a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lmclock.assemble import Assembled
+from lmclock.cycle import Cycle
+from lmclock.engine import Request
+from lmclock.engine.facts import POSITIONS, TOKENS, read_facts
+from lmclock.errors import LmclockError, OptionError, UnsupportedError
+from lmclock.model import Model, sampling_of, tokenizer_of
+
+DEFAULT_PROMPT = "The clock of a processor is"
+ROWS = 64  # of random numbers, for a net that takes numbers where none are given
+
+
+@dataclass(frozen=True)
+class Work:
+    """Ids of the rows, encoder rows before them, and (rows, width) of inputs that are no tokens."""
+
+    ids: list[int]
+    source: list[int] = field(default_factory=list)
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+Prompt = str | Sequence[int] | None
+
+
+def work_of(assembled: Assembled, prompt: Prompt) -> Work:
+    """The work that a text, or token ids, stand for; without a prompt DEFAULT_PROMPT, or random
+    numbers.
+    """
+    facts = read_facts(assembled.program)
+    numbers = [i for i in facts.inputs if not i.ids and i.name not in TOKENS + POSITIONS]
+    if numbers:
+        if len(numbers) > 1 or facts.encodes:
+            names = ", ".join(i.name for i in numbers)
+            raise UnsupportedError(f"a text cannot give the inputs {names} of this program")
+        x = _rows(prompt, numbers[0].width)
+        return Work([0] * len(x), inputs={numbers[0].name: x})
+    given = DEFAULT_PROMPT if prompt is None else prompt
+    ids = tokenizer_of(assembled).encode(given) if isinstance(given, str) else [*given]
+    if not facts.encodes:
+        return Work(ids)
+    start = getattr(assembled.config, "start", None)
+    if start is None:
+        raise UnsupportedError("the files of this model do not say which token begins a target")
+    return Work([start], ids)
+
+
+def _rows(text: str | Sequence[int] | None, width: int) -> np.ndarray:
+    """(rows, width) float32 of the numbers in a text."""
+    if text is None:
+        return np.random.default_rng(0).standard_normal((ROWS, width)).astype(np.float32)
+    lines = text.splitlines() if isinstance(text, str) else [" ".join(map(str, text))]
+    rows = []
+    for line in lines:
+        try:
+            rows.append([float(part) for part in line.replace(",", " ").split()])
+        except ValueError:
+            raise OptionError(
+                f"{line[:60]!r} does not hold numbers; valid: {width} a line"
+            ) from None
+        if len(rows[-1]) != width:
+            raise OptionError(f"{line[:60]!r} holds {len(rows[-1])} numbers; valid: {width} a line")
+    return np.array(rows, np.float32).reshape(-1, width)
+
+
+def probe(
+    model: Model, prompt: Prompt, max_new_tokens: int = 0, stop: Any = (), **options: Any
+) -> tuple[Cycle, ...]:
+    """The cycles of one piece of work. Where it generates, options are those of Model.stream."""
+    facts = model.engine.facts
+    work = work_of(model.assembled, prompt)
+    if facts.next is not None and not work.source and isinstance(prompt, str | None):
+        given = DEFAULT_PROMPT if prompt is None else prompt
+        return model.generate(given, max_new_tokens=max_new_tokens, stop=stop, **options).cycles
+    return _cycles(model, work, max_new_tokens, **options)
+
+
+def _cycles(
+    model: Model, work: Work, max_new_tokens: int, ignore_eos: bool = False, **sampling: Any
+) -> tuple[Cycle, ...]:
+    """The cycles of a request; new tokens come only from a program that samples."""
+    facts = model.engine.facts
+    new = 0 if facts.next is None else max_new_tokens if facts.carries else min(max_new_tokens, 1)
+    ends = model.tokenizer.eos_ids if new and not ignore_eos else frozenset()
+    request = Request(
+        work.ids, new, sampling_of(sampling), ends, ignore_eos, work.source, work.inputs
+    )
+    seen: list[Cycle] = []
+    before, model.engine.on_cycle = model.engine.on_cycle, seen.append
+    try:
+        number = model.engine.add(request)
+        for event in model.engine.run():
+            if event.sequence == number and event.finish == "error":
+                raise LmclockError(event.message)
+    finally:
+        model.engine.on_cycle = before
+    return tuple(seen)
