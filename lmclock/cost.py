@@ -242,7 +242,9 @@ def _attend(i: Instruction, b: Bound) -> Cost:
 
 def _lstm(i: Instruction, b: Bound) -> Cost:
     rows, d, h = b.rows(i.ins[0]), b.width(i.ins[0]), b.width(i.outs[0])
-    flops = {"f32": float(8 * rows * h * (d + h) + 10 * rows * h)}
+    products, gates = 8.0 * rows * h * (d + h), 10.0 * rows * h
+    kind = arithmetic(i, b)
+    flops = {"f32": gates + products} if kind == "f32" else {kind: products, "f32": gates}
     weights = b.weight_bytes(*i.all_weights()) if rows else 0
     moved = _moved(b, i.ins[0], i.outs[0])
     # h and c, read and written once per sequence

@@ -266,9 +266,9 @@ _T: tuple[tuple[Any, ...], ...] = (
     ("softmax", "y", "x", "", "", ("log", "groups"), (), shapes.same,
      "softmax along the row, or its logarithm"),
     ("concat", "y", "a b", "", "", (), (), shapes.concat, "the two rows side by side"),
-    ("lstm", "y", "x", "w_in w_state", "optional", ("bias", "bias_k", "reverse"), (), shapes.lstm,
-     "gates i f g o = x w_in^T + h w_state^T + bias + bias_k; c = f c + i tanh(g); "
-     "y = h = o tanh(c)"),
+    ("lstm", "y", "x", "w_in w_state", "optional", ("act", "bias", "bias_k", "reverse"), (),
+     shapes.lstm, "gates i f g o = x w_in^T + h w_state^T + bias + bias_k, x and h rounded as act= "
+     "says; c = f c + i tanh(g); y = h = o tanh(c)"),
     ("route", "p e", "x", "w", "", ("experts", "top", "renorm", "kind"), ("softmax", "sigmoid"),
      shapes.route, "the top experts of each row and their probabilities"),
     ("experts", "y", "x p e", "gate up down", "", ("experts", "kind", "act"), _GATES,

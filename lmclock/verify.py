@@ -134,7 +134,8 @@ def _add_fits(s: _Scope) -> bool:
 
 def _rounding_fits(s: _Scope) -> bool:
     act = s.i["act"] if "act" in s.i.row.attrs else "none"
-    return act != "q8_32" or s.known[s.i.ins[0]].width % 32 == 0
+    inner = s.outs[0].width if s.i.op == "lstm" else 0  # its state is rounded too
+    return act != "q8_32" or (s.known[s.i.ins[0]].width % 32 == 0 and inner % 32 == 0)
 
 
 def _block_fits(w: Weight) -> bool:

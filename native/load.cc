@@ -294,6 +294,8 @@ void Machine::reserve(const Section& section, const isa::Instruction& i) {
     }
     case Op::lstm: {
       const int64_t hidden = value(i.outs[0]).width, gates = round_up(4 * hidden, 16);
+      record(hidden);
+      need_.record_rows = std::max(need_.record_rows, sequences);
       shared(rows * gates + sequences * (gates + 2 * hidden));
       break;
     }

@@ -72,11 +72,12 @@ LM_INLINE void step(const Lstm& l, int64_t s, int64_t r, int64_t k, int64_t n) {
 
 void run_steps(Frame& f, const isa::Instruction& i, Worker& w, const Lstm& l, int64_t steps) {
   const int64_t vectors = (l.hidden + 15) / 16;
-  const Rows h = {l.h, l.hidden * 4, Act::none};
   const Part part = {&f.weights[i.weights[1]].matrix, l.from_state, l.stride, nullptr, nullptr, 0,
                      1.0f};
   const Share mine = share(f, w, f.sequences * vectors);
   for (int64_t t = 0; t < steps; ++t) {
+    const Rows h = round_rows(f, w, static_cast<Act>(i.act), l.h, l.hidden, l.hidden, f.sequences,
+                              f.records);
     multiply(f, w, &part, 1, h, f.sequences);
     barrier(f);
     for (int64_t u = mine.first; u < mine.last; ++u) {
@@ -107,7 +108,7 @@ void op_lstm(Frame& f, const isa::Instruction& i, Worker& w) {
   l.c = l.h + f.sequences * l.hidden;
   const Part part = {&f.weights[i.weights[0]].matrix, l.from_input, l.stride,
                      i.bias < 0 ? nullptr : f.weights[i.bias].vector, nullptr, 0, 1.0f};
-  multiply(f, w, &part, 1, {l.x->data, l.x->stride * 4, Act::none}, l.rows->count);
+  multiply(f, w, &part, 1, prepare_rows(f, i, w, *l.x), l.rows->count);
   begin(f, w, l);
   const Share rows = share(f, w, l.rows->count);
   for (int64_t r = rows.first; r < rows.last; ++r)

@@ -380,6 +380,23 @@ def test_lstm(hidden: int, options: str) -> None:
     same(program, [batch(program, s, {"x": x}, padding=[5]) for s in spans], (1, 3))
 
 
+@pytest.mark.parametrize("form", ["q8_0", "q4_1", "q6_k"])
+def test_lstm_of_rounded_rows(form: str) -> None:
+    """Few sequences, which each thread rounds for itself, and many. A last bit of h can change one
+    of its levels.
+    """
+    declare = (f"weight wi 256x256 {form}\nweight ws 256x64 {'q8_0' if form == 'q6_k' else form}\n"
+               "weight b 1x256 f32\nstate hc[1] fixed width=128")  # fmt: skip
+    for spans in ([(0, 4), (0, 1), (0, 0), (0, 5)], [(0, n % 3) for n in range(8)]):
+        x = numbers(sum(n for _, n in spans), 256)
+        body = ("lstm y, x, hc[0], wi, ws   act=q8_32 bias=b\n"
+                "lstm z, x, wi, ws   act=q8_32 reverse=1")  # fmt: skip
+        program = inputs_program(body, declare, x=x)
+        later = [(n, 1) for _, n in spans]
+        more = batch(program, later, {"x": numbers(len(spans), 256, seed=1)})
+        same(program, [batch(program, spans, {"x": x}), more], (1, 3), tolerance=1e-5)
+
+
 @pytest.mark.parametrize("form", ["f16", "q8_0"])
 def test_a_recurrent_state_is_rounded_to_its_format(form: str) -> None:
     x = numbers(6, 8)

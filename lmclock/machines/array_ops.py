@@ -164,7 +164,7 @@ def lstm(m: Scope, i: Instruction, x: Array) -> Array:
     xp, rows = m.xp, m.rows(i.ins[0])
     w_state = m.weights[i.weights[1]]
     hidden = w_state.shape[1]
-    gates_in = xp.matmul(x, m.weights[i.weights[0]].T)
+    gates_in = product(m, i, x, m.weights[i.weights[0]])
     for name in (i["bias"], i["bias_k"]):
         gates_in = gates_in + m.row(name) if name else gates_in
     parts, indices = [m.zeros((0, hidden))], [np.empty(0, np.int64)]
@@ -175,7 +175,7 @@ def lstm(m: Scope, i: Instruction, x: Array) -> Array:
         order = here[::-1] if i["reverse"] else here
         h, c = m.recurrent_state(i.state, sequence, rows.positions[here[0]], hidden)
         for row in order:
-            gates = gates_in[int(row) : int(row) + 1, :] + xp.matmul(h, w_state.T)
+            gates = gates_in[int(row) : int(row) + 1, :] + product(m, i, h, w_state)
             into, forget, new, out = (gates[:, g * hidden : (g + 1) * hidden] for g in range(4))
             c = sigmoid(xp, forget) * c + sigmoid(xp, into) * xp.tanh(new)
             h = sigmoid(xp, out) * xp.tanh(c)
