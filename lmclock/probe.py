@@ -81,11 +81,10 @@ def probe(
     model: Model, prompt: Prompt, max_new_tokens: int = 0, stop: Any = (), **options: Any
 ) -> tuple[Cycle, ...]:
     """The cycles of one piece of work. Where it generates, options are those of Model.stream."""
-    facts = model.engine.facts
     work = work_of(model.assembled, prompt)
-    if facts.next is not None and not work.source and isinstance(prompt, str | None):
+    if isinstance(prompt, str | None) and not work.source and not work.inputs:
         given = DEFAULT_PROMPT if prompt is None else prompt
-        return model.generate(given, max_new_tokens=max_new_tokens, stop=stop, **options).cycles
+        return model.cycles_of(given, max_new_tokens=max_new_tokens, stop=stop, **options)
     return _cycles(model, work, max_new_tokens, **options)
 
 

@@ -163,9 +163,7 @@ def test_an_unknown_field_is_an_error_or_a_note(model_type: str, folders: dict[s
 
 
 @of_every_type
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(draw=st.data())
 def test_any_configuration_is_sound_or_one_sentence(
     model_type: str, folders: dict[str, Path], draw: st.DataObject

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import lmclock
 from lmclock import _native
 from lmclock.assemble import Assembled, assemble
 from lmclock.batch import Batch, Rows
@@ -223,6 +224,22 @@ def test_classifier(layers: int, both: bool, pooling: str, machine: str, tmp_pat
     assert 0.1 < np.abs(want).max() < 30
     ids = np.concatenate(texts).astype(np.int32)[:, None]
     near(encoded(made, machine, [len(t) for t in texts], src_ids=ids), want)
+
+
+def test_classifier_of_texts(tmp_path: Path) -> None:
+    """Words to classes with their scores, by the command line's own way."""
+    vectors = torch.tensor(np.random.default_rng(1).standard_normal((50, 30)), dtype=torch.float32)
+    module = Classifier(1, True, "last", vectors)
+    labels = {"0": "bad", "1": "fair", "2": "good"}
+    saved(tmp_path, module, model_type="lstm_classifier", vocab_size=50, embedding_size=30,
+          hidden_size=17, bidirectional=True, id2label=labels)  # fmt: skip
+    (tmp_path / "vocab.txt").write_text("<unk>\n" + "\n".join(f"w{n}" for n in range(1, 50)))
+    with lmclock.load(str(tmp_path), threads=1) as model:
+        found = model.classify(["w7 w3 w49", "nothing w1"])
+    for result, ids in zip(found, ([7, 3, 49], [0, 1]), strict=True):
+        scores = torch.softmax(torch.tensor(by_torch(module, ids)), 0)
+        assert result.labels[0] == list(labels.values())[int(scores.argmax())]
+        np.testing.assert_allclose(result.scores, np.sort(scores)[::-1], atol=TOLERANCE)
 
 
 ACTS = {

@@ -15,6 +15,7 @@ import torch
 import transformers
 from test_recurrent import Classifier, Generator, saved
 from tiny_decoders import CASES, SIZES
+from tiny_seq2seq import CONFIGS, random_classic, random_model
 from torch import nn
 from transformers import CamembertConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -80,9 +81,16 @@ def _encoders() -> dict[str, Write]:
             for name, (prefix, config) in configs.items()}  # fmt: skip
 
 
+def _translator(case: str) -> Write:
+    assert case in CONFIGS
+    return lambda folder: random_model(case).save_pretrained(folder)
+
+
 FIXTURES: dict[str, Write] = {
     **_decoders(),
     **_encoders(),
+    **{case: _translator(case) for case in ("marian", "bart", "mbart", "t5", "mt5")},
+    "transformer": lambda folder: random_classic("pre-norm").save(folder),
     "lstm": _generator,
     "lstm_classifier": _classifier,
     "mlp": _net,

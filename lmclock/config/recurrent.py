@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmclock.config.common import MAX_LAYERS, ModelConfig, refuse_other_uses
+from lmclock.config.sentence import Sentence
 from lmclock.errors import FileError, choices
 from lmclock.fields import Fields, shown
 
@@ -44,7 +45,11 @@ class LstmConfig(ModelConfig):
     tied: bool = False  # the output matrix is the embedding
     pooling: str = ""
     labels: tuple[str, ...] = ()
-    scores: str = "softmax"  # what makes scores of a classifier's logits
+    # What encode/ asks of any model that classifies texts (config/encoder.py).
+    head: str = ""  # sequence, of a classifier
+    scores: str = "softmax"
+    types: int = 0
+    sentence: Sentence = field(default_factory=Sentence)
     modules: tuple[str, str, str] = ("embedding", "lstm", "output")
 
 
@@ -94,6 +99,7 @@ def _head(f: Fields) -> dict[str, Any]:
     kinds = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid",
              "regression": "none"}  # fmt: skip
     return {
+        "head": "sequence",
         "scores": kinds[f.text("problem_type", "single_label_classification", kinds)],
         "bidirectional": f.flag("bidirectional", False),
         "pooling": f.text("pooling", "last", POOLINGS),

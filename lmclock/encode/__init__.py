@@ -17,6 +17,7 @@ import numpy as np
 
 from lmclock.config import ModelConfig
 from lmclock.config.encoder import EncoderConfig
+from lmclock.config.recurrent import LstmConfig
 from lmclock.cycle import Cycle
 from lmclock.engine import Engine, Event, Request
 from lmclock.errors import LmclockError, OptionError, UnsupportedError, choices
@@ -59,7 +60,7 @@ class Encoder:
     def __init__(
         self, engine: Engine, program: Program, config: ModelConfig, tokenizer: Tokeniser
     ) -> None:
-        if not isinstance(config, EncoderConfig):
+        if not isinstance(config, EncoderConfig | LstmConfig) or not config.head:
             raise UnsupportedError(
                 f"model {program.name!r} is no encoder, but generates text; valid: generate"
             )
