@@ -11,7 +11,7 @@ A fold is only shorthand: unfolded it is the same text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lmclock.errors import ProgramError
@@ -26,12 +26,12 @@ _HOLE = {letter: re.compile(rf"\{{{letter}(?:\+(\d+))?\}}") for letter in "ij"}
 
 def fold(lines: list[str]) -> list[str]:
     """Runs of at least two groups of lines that differ only by a number that counts by one."""
-    return _fold(lines, "i", lambda step: step == 1, most=64)
+    return _fold(lines, most_step=1, most=64)
 
 
 def fold_twice(lines: list[str]) -> list[str]:
-    """The same, and then runs of what is left, single lines and blocks, by any larger step."""
-    return _fold(fold(lines), "j", lambda step: step > 1, most=256)
+    """Runs by any step, whichever covers most lines; what repeats within a group is folded too."""
+    return _fold(lines, most_step=64, most=512)
 
 
 @dataclass(frozen=True)
@@ -47,47 +47,52 @@ class _Run:
     def lines(self) -> int:
         return self.count * len(self.body)
 
+    def block(self, group: list[str]) -> list[str]:
+        """The lines of the block; `group` is the first group, which may fold by itself."""
+        last = self.first + (self.count - 1) * self.step
+        if self.step == 1:
+            head, body = f".repeat i = {self.first}..{last}", self.body
+        else:
+            head = f".repeat j = {self.first}..{last} step {self.step}"
+            body = [_template(line, self.first, self.step, "j") for line in fold(group)]
+        return [head, *(f"  {line}" for line in body), ".end"]
 
-def _fold(lines: list[str], letter: str, fits: Callable[[int], bool], most: int) -> list[str]:
+
+def _fold(lines: list[str], most_step: int, most: int) -> list[str]:
     bare = [_NUMBER.sub("#", line) for line in lines]
     numbers = [[int(n) for n in _NUMBER.findall(line)] for line in lines]
-    folded, at, inside = [], 0, False
+    folded, at = [], 0
     while at < len(lines):
-        # A block begins and ends between blocks, never within one.
         best: _Run | None = None
-        for period in range(1, 0 if inside else min(most, (len(lines) - at) // 2) + 1):
-            steps = {b - a for a, b in zip(numbers[at], numbers[at + period], strict=False)} - {0}
-            if bare[at] != bare[at + period] or len(steps) != 1 or not fits(min(steps)):
+        left = len(lines) - at
+        for period in range(1, min(most, left // 2) + 1):
+            covers = left - left % period  # at most
+            if bare[at] != bare[at + period] or (best and covers <= best.lines):
+                continue
+            steps = {b - a for a, b in zip(numbers[at], numbers[at + period], strict=True)} - {0}
+            if len(steps) != 1 or not 0 < min(steps) <= most_step:
                 continue
             if bare[at : at + period] == bare[at + period : at + 2 * period]:
-                run = _run(lines, at, period, letter, min(steps), numbers)
+                run = _run(lines, at, period, min(steps), numbers)
                 if run.count > 1 and (best is None or run.lines > best.lines):
                     best = run
         if best is None:
             folded.append(lines[at])
-            inside = lines[at].startswith(".repeat") or (inside and lines[at] != ".end")
             at += 1
             continue
-        last = best.first + (best.count - 1) * best.step
-        stride = f" step {best.step}" if best.step > 1 else ""
-        folded.append(f".repeat {letter} = {best.first}..{last}{stride}")
-        folded += [f"  {line}" for line in best.body]
-        folded.append(".end")
+        folded += best.block(lines[at : at + len(best.body)])
         at += best.lines
     return folded
 
 
-def _run(
-    lines: list[str], at: int, period: int, letter: str, step: int, numbers: list[list[int]]
-) -> _Run:
+def _run(lines: list[str], at: int, period: int, step: int, numbers: list[list[int]]) -> _Run:
     """How often the group from line `at` repeats; its first number is the least that counts."""
     first = min(a for a, b in zip(numbers[at], numbers[at + period], strict=True) if b - a == step)
-    body = [_template(line, first, step, letter) for line in lines[at : at + period]]
+    body = [_template(line, first, step, "i") for line in lines[at : at + period]]
     count = 1
-    while _matches(lines, at + count * period, body, first + count * step, letter):
+    while _matches(lines, at + count * period, body, first + count * step):
         count += 1
-    depth = sum(line.startswith(".repeat") - (line == ".end") for line in body)
-    return _Run(first, step, 1 if depth else count, body)
+    return _Run(first, step, count, body)
 
 
 def _template(line: str, first: int, step: int, letter: str) -> str:
@@ -95,10 +100,10 @@ def _template(line: str, first: int, step: int, letter: str) -> str:
     return _NUMBER.sub(lambda m: holes.get(m[0], m[0]), line)
 
 
-def _matches(lines: list[str], at: int, body: list[str], i: int, letter: str) -> bool:
+def _matches(lines: list[str], at: int, body: list[str], i: int) -> bool:
     if at + len(body) > len(lines):
         return False
-    return all(fill(t, i, letter) == lines[at + k] for k, t in enumerate(body))
+    return all(fill(t, i) == lines[at + k] for k, t in enumerate(body))
 
 
 def fill(template: str, number: int, letter: str = "i") -> str:
