@@ -31,8 +31,8 @@ MODEL = "smollm2"
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "measurements.md"
 SECTIONS = (
-    "summary", "limit", "peers", "prefill", "scale", "batch", "depth", "start", "quality", "avx2",
-    "overhead",
+    "summary", "limit", "peers", "embed", "prefill", "scale", "batch", "depth", "start", "quality",
+    "avx2", "overhead",
 )  # fmt: skip
 HEADER = """# Measurements
 

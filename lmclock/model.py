@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmclock.assemble import Assembled, assemble
+from lmclock.config import ModelConfig
 from lmclock.config.encoder import with_sentence
 from lmclock.encode import Encoder, Watch
 from lmclock.encode.classify import Classes, classify
@@ -35,6 +36,7 @@ from lmclock.files import GGUF
 from lmclock.files.pull import pull
 from lmclock.machines import Capacity, Machine, create
 from lmclock.passes import optimise
+from lmclock.passes.quantize import quantize
 from lmclock.program import Program
 from lmclock.reports.reply import Reply
 from lmclock.text import StopStrings, Tokeniser, encode_chat, from_folder, from_gguf
@@ -67,6 +69,7 @@ def load(
     keep: tuple[str, ...] = (),
     invariant: bool = False,
     prefix_reuse: bool = True,
+    weights: str | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
 ) -> Model:
@@ -82,6 +85,7 @@ def load(
     cache      number format of keys and values: f32, f16 or q8_0
     keep       values that stay readable through `m.machine.read` after their last use
     picks      most rows of a cycle that get logits; invariant, prefix_reuse: see Engine
+    weights    round float weights when they are loaded, to bf16 or q8_0
     pooling    of an encoder whose files do not say: mean, cls, max, last or pooler; normalize: make
                the length of its embeddings one
     """
@@ -90,7 +94,7 @@ def load(
     with ExitStack() as undo:
         maker = create(machine, **options)
         undo.callback(maker.close)
-        assembled = assemble(pull(model), cache, lambda c: with_sentence(c, pooling, normalize))
+        assembled = read(model, cache, weights, lambda c: with_sentence(c, pooling, normalize))
         most = assembled.program.context or DEFAULT_CONTEXT
         if context > most:
             raise OptionError(f"context={context} is more than the model was made for, {most}")
@@ -110,6 +114,20 @@ def load(
         assembled, program, maker, capacity,
         chunk=chunk, invariant=invariant, prefix_reuse=prefix_reuse,
     )  # fmt: skip
+
+
+def read(
+    model: str,
+    cache: str = "f16",
+    weights: str | None = None,
+    change: Callable[[ModelConfig], ModelConfig] | None = None,
+) -> Assembled:
+    """What the files of a model say, its float weights rounded to `weights` where that is given."""
+    found = assemble(pull(model), cache, change)
+    if weights is None:
+        return found
+    program, stored = quantize(found.program, found.weights, weights)
+    return replace(found, program=program, weights=stored)
 
 
 def _check(

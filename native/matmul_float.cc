@@ -29,27 +29,54 @@ struct BF16 {
   }
 };
 
+// Values of k in one turn of the loop, whose own instructions then cost little.
+constexpr int kTurn = 4;
+
+// N steps of k at once, from weights w and the rows' current place.
+template <class W, int N, int T>
+LM_INLINE void steps(f32x16 (&acc)[T], const uint8_t* w, RowSet<T>& rows, const TileArgs& args) {
+  prefetch<N * W::kBytes>(w, args);
+  unroll<N>([&](auto n) LM_LAMBDA {
+    RowSet<T>::pin(rows);  // else the sums are made once for all steps, and spilled
+    f32x16 wk[W::kStep];
+    W::load_k(w + n * W::kBytes, wk);
+    unroll<W::kStep>([&](auto i) LM_LAMBDA {
+      unroll<T>([&](auto t) LM_LAMBDA {
+        const float* x = reinterpret_cast<const float*>(RowSet<T>::template row<t>(rows));
+        acc[t] = fma(wk[i], splat(x[n * W::kStep + i]), acc[t]);
+      });
+    });
+  });
+}
+
 // Continues the sums in args.out.
 template <class W, int T>
 LM_INLINE void accumulate(const TileArgs& args) {
+  constexpr int kSteps = kTurn / W::kStep;
   f32x16 acc[T];
   unroll<T>([&](auto t) LM_LAMBDA { acc[t] = load(args.out + 16 * t); });
   const uint8_t* w = args.panel;
-  const float* x = reinterpret_cast<const float*>(args.x);
-  const int64_t stride = args.x_stride / 4;
+  RowSet<T> rows = RowSet<T>::of(args);
+  const auto advance = [&](int steps) LM_LAMBDA {
+    w += steps * W::kBytes;
+    unroll<RowSet<T>::kGroups>([&](auto g) LM_LAMBDA { rows.base[g] += steps * W::kStep * 4; });
+  };
   int64_t k = 0;
-  f32x16 wk[W::kStep];
-  for (; k + W::kStep <= args.width; k += W::kStep, w += W::kBytes) {
-    prefetch<W::kBytes>(w, args);
-    W::load_k(w, wk);
-    unroll<W::kStep>([&](auto i) LM_LAMBDA {
-      unroll<T>([&](auto t)
-                    LM_LAMBDA { acc[t] = fma(wk[i], splat(x[t * stride + k + i]), acc[t]); });
-    });
+  for (; k + kTurn <= args.width; k += kTurn) {
+    steps<W, kSteps>(acc, w, rows, args);
+    advance(kSteps);
+  }
+  for (; k + W::kStep <= args.width; k += W::kStep) {
+    steps<W, 1>(acc, w, rows, args);
+    advance(1);
   }
   if (k < args.width) {
+    f32x16 wk[W::kStep];
     W::load_k(w, wk);
-    unroll<T>([&](auto t) LM_LAMBDA { acc[t] = fma(wk[0], splat(x[t * stride + k]), acc[t]); });
+    unroll<T>([&](auto t) LM_LAMBDA {
+      const float* x = reinterpret_cast<const float*>(RowSet<T>::template row<t>(rows));
+      acc[t] = fma(wk[0], splat(x[0]), acc[t]);
+    });
   }
   unroll<T>([&](auto t) LM_LAMBDA { store(args.out + 16 * t, acc[t]); });
 }

@@ -102,6 +102,15 @@ def test_alone_and_together(encoder: Any) -> None:
     assert encoder.embed([]).shape == (0, 384)
 
 
+def test_rounded_weights_change_little(minilm: Any, encoder: Any) -> None:
+    exact = encoder.embed(TEXTS)
+    for target, least in (("bf16", 0.9999), ("q8_0", 0.998)):
+        with lmclock.load(str(minilm), weights=target) as model:
+            assert target in {w.format for w in model.program.weights}
+            cosines = (model.embed(TEXTS) * exact).sum(axis=1)
+        assert least < cosines.min() < 1, target
+
+
 def test_a_long_text_is_the_mean_of_its_segments(encoder: Any) -> None:
     ids, characters = encoder.tokenizer.spans(LONG)
     parts = cut(len(ids), 254)

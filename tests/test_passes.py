@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
+import gguf
+import numpy as np
 import pytest
 
 from lmclock.errors import OptionError
 from lmclock.isa import expand, make
 from lmclock.listing import parse
 from lmclock.passes import fuse, optimise, place, round_activations
+from lmclock.passes.quantize import quantize
 from lmclock.program import Program
+from lmclock.verify import verify
+from tests.helpers import random_weights
 from tests.tiny import llama
 
 
@@ -114,3 +119,35 @@ def test_training_stays_unfused() -> None:
     train = program.with_sections((type(program.sections[0])("train", text),))
     assert fuse(train).section("train").instructions == text
     assert make("norm", "y", "x", eps=1e-5) == make("norm", "y", "x")
+
+
+# --- quantize
+
+
+@pytest.mark.parametrize("target", ["bf16", "q8_0"])
+def test_quantize_rounds_what_products_read(target: str) -> None:
+    program = llama()
+    weights = random_weights(program)
+    before = {name: w.unpack().copy() for name, w in weights.items()}
+    changed, rounded = quantize(program, weights, target)
+    verify(changed)
+    products = {w for i in changed.section("step").instructions
+                if i.op in ("linear", "qkv", "glu") for w in i.weights}  # fmt: skip
+    kind = gguf.GGMLQuantizationType[target.upper()]
+    for w in changed.weights:
+        if w.values is not None:
+            continue
+        whole = w.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+        if program.weight_table[w.name].format != "f32" or w.name not in products or not whole:
+            assert w == program.weight_table[w.name] and rounded[w.name] is weights[w.name]
+            continue
+        assert w.format == target == rounded[w.name].format.name
+        stored = gguf.quants.quantize(before[w.name], kind)
+        want = gguf.quants.dequantize(stored, kind).reshape(w.shape)
+        np.testing.assert_array_equal(rounded[w.name].unpack().reshape(w.shape), want)
+    assert any(w.format == target for w in changed.weights)
+
+
+def test_quantize_to_what_is_no_format() -> None:
+    with pytest.raises(OptionError, match="valid: bf16 or q8_0"):
+        quantize(llama(), {}, "q2_0")

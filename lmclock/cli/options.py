@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmclock.assemble import Assembled, assemble
+from lmclock.assemble import Assembled
 from lmclock.engine.sampling import sampling_of
 from lmclock.errors import FileError, OptionError
-from lmclock.files.pull import pull
 from lmclock.machines import MACHINES
-from lmclock.model import Model, load
+from lmclock.model import Model, load, read
 from lmclock.passes import optimise
+from lmclock.passes.quantize import TARGETS
 from lmclock.program import CACHE_FORMATS, Program
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Loading:
     name: str
     level: int
     cache: str
+    weights: str | None = None
     machine: str = "native"
     threads: int | None = None
     context: int = 0
@@ -46,14 +47,15 @@ class Loading:
         """The model on its machine; `changes` are further options of lmclock.model.load."""
         model = load(
             self.name, machine=self.machine, level=self.level, threads=self.threads,
-            context=self.context, chunk=self.chunk, cache=self.cache, **changes,
+            context=self.context, chunk=self.chunk, cache=self.cache, weights=self.weights,
+            **changes,
         )  # fmt: skip
         _tell(model.assembled)
         return model
 
     def program(self) -> tuple[Assembled, Program]:
         """What the model's files say, and its optimised program; no machine is needed."""
-        assembled = assemble(pull(self.name), self.cache)
+        assembled = read(self.name, self.cache, self.weights)
         _tell(assembled)
         return assembled, optimise(assembled.program, self.level)
 
@@ -71,12 +73,12 @@ def _with(function: Function, *given: Function) -> Function:
 
 
 def program_options(function: Function) -> Function:
-    """MODEL, -m, -O, --precise and -ctk, handed over as one `loading`."""
+    """MODEL, -m, -O, --precise, -ctk and --weights, handed over as one `loading`."""
 
     @functools.wraps(function)
     def command(
         model_argument: str | None, model_option: str | None, level: int | None, precise: bool,
-        cache: str, **rest: Any,
+        cache: str, weights: str | None, **rest: Any,
     ) -> Any:  # fmt: skip
         names = [name for name in (model_argument, model_option) if name is not None]
         if len(set(names)) == 2:
@@ -85,7 +87,7 @@ def program_options(function: Function) -> Function:
         if precise and level == 2:
             raise click.UsageError("--precise goes with -O0 or -O1, not -O2")
         chosen = level if level is not None else 1 if precise else 2
-        loading = Loading(names[0] if names else DEFAULT_MODEL, chosen, cache)
+        loading = Loading(names[0] if names else DEFAULT_MODEL, chosen, cache, weights)
         return function(loading=loading, **rest)
 
     return _with(
@@ -103,6 +105,10 @@ def program_options(function: Function) -> Function:
         click.option(
             "-ctk", "--cache-type", "cache", default="f16", show_default=True,
             type=click.Choice(CACHE_FORMATS), help="Number format of keys and values.",
+        ),
+        click.option(
+            "--weights", type=click.Choice(TARGETS), default=None,
+            help="Round float weights of products when they are loaded.",
         ),
     )  # fmt: skip
 
