@@ -142,9 +142,11 @@ def test_quantize_rounds_what_products_read(target: str) -> None:
             assert w == program.weight_table[w.name] and rounded[w.name] is weights[w.name]
             continue
         assert w.format == target == rounded[w.name].format.name
-        stored = gguf.quants.quantize(before[w.name], kind)
-        want = gguf.quants.dequantize(stored, kind).reshape(w.shape)
-        np.testing.assert_array_equal(rounded[w.name].unpack().reshape(w.shape), want)
+        x = before[w.name].reshape(w.shape)
+        other = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
+        off, theirs = (np.sqrt(((y - x) ** 2).mean())
+                       for y in (rounded[w.name].unpack().reshape(w.shape), other))  # fmt: skip
+        assert 0 < off <= 1.01 * theirs
     assert any(w.format == target for w in changed.weights)
 
 
