@@ -71,7 +71,7 @@ neon: $(VENV)/.test build  ## kernels and opcodes compiled for ARM, run in emula
 	qemu-aarch64 -cpu neoverse-n1 build/neon/replay build/neon/machine.rec
 
 # make bench SCRIPTS=peers ARGS="--rounds 3 --dry"
-SCRIPTS ?= limit peers prefill scale batch depth start quality avx2 overhead summary
+SCRIPTS ?= limit peers embed prefill scale batch depth start quality avx2 overhead summary
 bench: $(VENV)/.bench build/avx2/.installed build  ## measure everything into docs/measurements.md
 	set -e; for script in $(SCRIPTS); do $(BIN)/python -m bench.$$script $(ARGS); done
 

@@ -35,7 +35,7 @@ from bench.common import (
     start,
     table,
 )
-from bench.peers import timed
+from bench.engines import timed
 from lmclock import settings
 from lmclock.files.pull import pull
 from lmclock.text import from_folder
