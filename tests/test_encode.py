@@ -102,6 +102,12 @@ def test_alone_and_together(encoder: Any) -> None:
     assert encoder.embed([]).shape == (0, 384)
 
 
+def test_no_text_is_cut_and_threads_do_not_matter(minilm: Any, encoder: Any) -> None:
+    """A chunk of 8 tokens is for prompts that may come in pieces; an encoder's may not."""
+    with lmclock.load(str(minilm), chunk=8, threads=1, sequences=3) as model:
+        np.testing.assert_array_equal(model.embed(TEXTS), encoder.embed(TEXTS))
+
+
 def test_rounded_weights_change_little(minilm: Any, encoder: Any) -> None:
     exact = encoder.embed(TEXTS)
     for target, least in (("bf16", 0.9999), ("q8_0", 0.998)):
