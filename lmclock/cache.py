@@ -255,6 +255,25 @@ class Cache:
         self.open_sequences[slot] = child
         return child
 
+    def reorder(self, line: Sequence[Held], parents: Sequence[int]) -> None:
+        """Each sequence of a line of equal length becomes what `line[parents[k]]` was: pages are
+        shared, and one that has a single heir is handed on as it is. For paged states only.
+        """
+        assert not self.fixed
+        pages, keys = [held.pages for held in line], [held.keys for held in line]
+        ready = [held.ready for held in line]
+        for parent in parents:
+            for page in pages[parent]:
+                self.pool.share(page)
+        for old in pages:
+            for page in reversed(old):
+                self.pool.release(page)
+        for held, parent in zip(line, parents, strict=True):
+            held.pages, held.keys = list(pages[parent]), list(keys[parent])
+            held.table = np.array(held.pages, np.int32)
+            alone = parents.count(parent) == 1
+            held.ready = ready[parent] if alone else held.length
+
     def snapshot(self, held: Held) -> bool:
         """Keep the fixed states as they are now, so that `truncate` can come back to this length.
 

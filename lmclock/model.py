@@ -6,6 +6,7 @@
     r.text, r.clock
     for piece in m.stream("Once upon a time"): print(piece, end="")
     lmclock.load("minilm").embed(["a text", "another"])        # encoders: embed, classify
+    lmclock.load("folder").translate(["Ein Text."])            # encoder-decoders: translate
 
 `m.program`, `m.tokenizer` and `m.engine` are there to look at. One model belongs to one thread, in
 which several of its streams may be read by turns.
@@ -24,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmclock.assemble import Assembled, assemble
+from lmclock.capacity import DEFAULT_CONTEXT, capacity_of
 from lmclock.config import ModelConfig
 from lmclock.config.encoder import with_sentence
 from lmclock.encode import Encoder, Watch
 from lmclock.encode.classify import Classes, classify
 from lmclock.encode.embed import embed
-from lmclock.engine import Engine, Event, Request, capacity_for
+from lmclock.engine import Engine, Event, Request
 from lmclock.engine.sampling import sampling_of
 from lmclock.errors import LmclockError, OptionError, UnsupportedError
 from lmclock.files import GGUF
@@ -40,6 +42,7 @@ from lmclock.passes.quantize import quantize
 from lmclock.program import Program
 from lmclock.reports.reply import Reply
 from lmclock.text import StopStrings, Tokeniser, encode_chat, from_folder, from_gguf
+from lmclock.translate import Translation, Translator, source_request
 
 if TYPE_CHECKING:
     from lmclock.clock import Clock
@@ -47,9 +50,6 @@ if TYPE_CHECKING:
     from lmclock.hardware.limits import Limits
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-# Cached positions, or new tokens of a model that caches none, when nobody asks for fewer.
-DEFAULT_CONTEXT = 8192
-TEXTS = 64  # of an encoder that may share a cycle
 BURST = 16  # cycles of a reply that nobody reads while it comes: see engine/burst.py
 LISTING = ".lmc"  # ending of a program written by hand
 
@@ -80,8 +80,8 @@ def load(
     level      optimisation: 0 as assembled, 1 fused, 2 fused and activations rounded
     threads    of the native machine; path: its SIMD path (default: the widest found)
     context    most positions of a sequence; 0: the model's, at most DEFAULT_CONTEXT
-    sequences  sequences that may run at once (default: 1, of an encoder's texts TEXTS); chunk: most
-               prompt rows of one of them in a cycle
+    sequences  sequences that may run at once (default: 1, of an encoder's texts TEXTS, BEAMS where
+               there is a decoder too); chunk: most prompt rows of one of them in a cycle
     cache      number format of keys and values: f32, f16 or q8_0
     keep       values that stay readable through `m.machine.read` after their last use
     picks      most rows of a cycle that get logits; invariant, prefix_reuse: see Engine
@@ -101,13 +101,7 @@ def load(
         program = optimise(assembled.program, level, keep)
         if context:  # pages round it up: what does not fit is to be said by this number
             program = replace(program, context=context)
-        generates = program.has("step")
-        sequences = sequences or (1 if generates else TEXTS)
-        tokens = sequences * (context or min(most, DEFAULT_CONTEXT))
-        capacity = capacity_for(
-            program, sequences=sequences, tokens=tokens, chunk=chunk, picks=picks,
-            source=512 if generates else min(most, DEFAULT_CONTEXT),
-        )  # fmt: skip
+        capacity = capacity_of(program, sequences, context, most, chunk, picks)
         maker.load(program, assembled.weights, capacity, keep)
         undo.pop_all()
     return Model(
@@ -243,6 +237,15 @@ class Model:
         """Classes and scores of texts, or of pairs; entities and answers: encode/classify.py."""
         return classify(self.encoder, texts, second)
 
+    @cached_property
+    def translator(self) -> Translator:
+        """What searches for translations; UnsupportedError when the model has no encoder."""
+        return Translator(self.engine, self.program, self.config, self.tokenizer)
+
+    def translate(self, texts: Sequence[str], **options: Any) -> list[Translation]:
+        """The best result of each text by beam search: see translate.py for the options."""
+        return self.translator.run(texts, **options)
+
     def limits(self, progress: Callable[[str], None] | None = None) -> Limits:
         """The measured limits of the machine. `progress` hears when they must be measured first."""
         from lmclock.hardware.calibrate import limits
@@ -313,7 +316,8 @@ class TextStream:
             max_new_tokens = DEFAULT_CONTEXT
         self.prompt_tokens = len(ids)
         self._pieces: list[str] = []
-        self._decoder = model.tokenizer.stream(continued=True)
+        translates = model.engine.facts.encodes
+        self._decoder = model.tokenizer.stream(continued=not translates)
         self._stops = StopStrings(stop)
         self._number: int | None = None
         self._cancelled = False
@@ -322,6 +326,8 @@ class TextStream:
         self._request = Request(
             ids, max_new_tokens, settings, stops, ignore_eos, sink=self._take, ended=self._end
         )
+        if translates:
+            self._request = source_request(model.config, self._request)
         model.engine.check(self._request)
 
     def cancel(self) -> None:

@@ -131,7 +131,10 @@ class HashMachine(Machine):
         for space, rows in batch.rows.items():
             assert len(rows) <= self.capacity.rows and rows.sequences == batch.sequences
             assert rows.valid.all() and rows.starts[-1] == len(rows), space
-        assert len(batch.rows["tok"]) and len(batch.pick) <= self.capacity.picks
+        # A cycle has token rows, or it encodes.
+        assert len(batch.rows["tok"]) or len(batch.rows["src"])
+        assert "src" not in batch.rows or not len(batch.rows["tok"])
+        assert len(batch.pick) <= self.capacity.picks
         assert (np.diff(batch.pick) > 0).all() and len(batch.sampling) == len(batch.pick)
         assert (np.diff(batch.adjust["row"]) >= 0).all() and batch.page_size
         self.bound, self.values, self.pending = batch, {}, {}

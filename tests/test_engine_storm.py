@@ -135,7 +135,7 @@ class EngineMachine(RuleBasedStateMachine):
 def test_whatever_happens_every_sequence_ends_with_its_own_tokens() -> None:
     EngineMachine.seen.clear()
     run_state_machine_as_test(
-        EngineMachine, settings=settings(max_examples=60, stateful_step_count=30)
+        EngineMachine, settings=settings(max_examples=70, stateful_step_count=30)
     )
     seen = EngineMachine.seen
     assert min(seen[what] for what in ("stop", "length", "cancelled", "preemptions", "copies")) > 2

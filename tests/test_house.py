@@ -32,7 +32,9 @@ RANKS = {
     "machines": 7,
     **dict.fromkeys(("hardware", "cycle"), 8),
     **dict.fromkeys(("roofline", "clock", "engine"), 9),
-    **dict.fromkeys(("reports", "debug", "encode", "train", "serve", "tune"), 10),
+    **dict.fromkeys(
+        ("reports", "debug", "encode", "translate", "capacity", "train", "serve", "tune"), 10
+    ),
     **dict.fromkeys(("model", "probe"), 11),
     "cli": 12,
     **dict.fromkeys(("__init__", "__main__"), 13),

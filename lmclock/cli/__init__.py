@@ -20,6 +20,7 @@ from lmclock.errors import LmclockError, choices
 
 VERBS = {
     "run": "generate text, or chat",
+    "translate": "texts through a model with an encoder, by beam search",
     "stat": "where the time goes, like perf stat",
     "trace": "write a trace that Perfetto opens",
     "embed": "one vector for each text",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lmclock.config.generation import Generation
 from lmclock.errors import FileError, UnsupportedError, choices
 from lmclock.fields import Fields
 
@@ -46,6 +47,7 @@ class ModelConfig:
     bos: int | None = None
     eos: tuple[int, ...] = ()
     start: int | None = None  # the token that begins a target, of models with an encoder
+    generation: Generation = field(default_factory=Generation)  # of models with an encoder
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -69,7 +71,7 @@ HF_HARMLESS = (
     "use_cache",
 )  # fmt: skip
 
-# What older config.json files say of generation: config/generation.py reads it there.
+# What config.json files say of generation besides: config/generation.py reads what it needs.
 GENERATION = (
     "bad_words_ids", "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
     "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length",

@@ -20,8 +20,11 @@ from lmclock.config.common import (
     refuse_other_uses,
     start_token,
 )
+from lmclock.config.generation import beside, generation
 from lmclock.errors import FileError
 from lmclock.fields import Fields
+
+__all__ = ["beside", "from_hf"]
 
 POSITIONS = ("learned", "sinusoidal")
 
@@ -103,7 +106,6 @@ def from_hf(f: Fields, model: str, name: str) -> Seq2SeqConfig:
     width, vocab = f.integer("d_model"), f.integer("vocab_size")
     shared = f.flag("share_encoder_decoder_embeddings", True)
     scaled = f.flag("scale_embedding", False)
-    f.integer("max_length", None)
     config = Seq2SeqConfig(
         family=row.family, model=model, source="hf", name=name,
         vocab=vocab if shared else f.integer("decoder_vocab_size", vocab), source_vocab=vocab,
@@ -115,6 +117,7 @@ def from_hf(f: Fields, model: str, name: str) -> Seq2SeqConfig:
         offset=row.offset, shared=shared, tied=f.flag("tie_word_embeddings", True),
         output_bias=True, bias=True, bos=next(iter(f.ids("bos_token_id")), None),
         eos=f.ids("eos_token_id"), start=start_token(f),
+        generation=generation(f),
         notes=f.rest((*_HARMLESS, "decoder_vocab_size"), f"model_type {model}"),
     )  # fmt: skip
     return _checked(config, f)
@@ -163,7 +166,8 @@ def _own(f: Fields, name: str) -> Seq2SeqConfig:
         shared=f.flag("shared_embeddings", True), tied=f.flag("tie_word_embeddings", True),
         output_bias=f.flag("output_bias", False), bias=bias,
         bos=next(iter(f.ids("bos_token_id")), None), eos=f.ids("eos_token_id"),
-        start=start_token(f), notes=f.rest(_OWN_HARMLESS, f"model_type {OWN_TYPE}"),
+        start=start_token(f),
+        generation=generation(f), notes=f.rest(_OWN_HARMLESS, f"model_type {OWN_TYPE}"),
     )  # fmt: skip
     return _checked(config, f)
 

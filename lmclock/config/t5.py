@@ -17,8 +17,11 @@ from lmclock.config.common import (
     refuse_other_uses,
     start_token,
 )
+from lmclock.config.generation import beside, generation
 from lmclock.errors import FileError
 from lmclock.fields import Fields
+
+__all__ = ["beside", "from_hf"]
 
 MAX_BUCKETS, MAX_DISTANCE = 1 << 12, 1 << 20
 
@@ -87,6 +90,7 @@ def from_hf(f: Fields, model: str, name: str) -> T5Config:
         buckets=f.integer("relative_attention_num_buckets", 32, high=MAX_BUCKETS),
         max_distance=f.integer("relative_attention_max_distance", 128, high=MAX_DISTANCE),
         scaled=scaled, bos=None, eos=f.ids("eos_token_id"), start=start_token(f),
+        generation=generation(f),
         notes=f.rest(_HARMLESS, f"model_type {model}"),
     )  # fmt: skip
     # Both ways a quarter of the buckets hold one distance each: there must be some beyond.

@@ -29,12 +29,13 @@ from lmclock.engine.facts import read_facts
 from lmclock.engine.fetch import Plan, Scheduler
 from lmclock.engine.request import Event, Request, Running, Sink, last_length
 from lmclock.engine.sampling import Sampling, Tally
+from lmclock.engine.search import Beams, Hypothesis
 from lmclock.engine.write_back import write_back
 from lmclock.errors import LmclockError, OptionError
 from lmclock.machines import Capacity, Machine
 from lmclock.program import Program
 
-__all__ = ["Engine", "Event", "Request", "Sampling", "capacity_for"]
+__all__ = ["Beams", "Engine", "Event", "Hypothesis", "Request", "Sampling", "capacity_for"]
 
 
 class Engine:
@@ -108,6 +109,8 @@ class Engine:
         parent = self.live.get(number)
         if parent is None:
             return None
+        if parent.group:
+            raise OptionError(f"sequence {number} is a search, which cannot be forked")
         sampling = sampling or parent.request.sampling
         request = replace(
             parent.request, sampling=sampling, sink=sink, ended=ended, want={}, pick_all=False
@@ -163,7 +166,7 @@ class Engine:
         if self.on_cycle:
             batch = self._observed(batch, runs)
         self.machine.commit()
-        outcome = write_back(plan, sampled, values, self.facts, self.cache)
+        outcome = write_back(plan, sampled, values, self.facts, self.cache, self.scheduler.expand)
         self._tell(outcome.events)
         cycle = Cycle(
             self._cycles, batch, tuple(runs), (begin, fetched, decoded, executed, now()),
@@ -224,7 +227,7 @@ class Engine:
 
     def _enter(self, request: Request, last: int) -> Running:
         sequence = Running(self._number, request, last, self.eos)
-        self._number += 1
+        self._number += sequence.width
         self.live[sequence.id] = sequence
         return sequence
 
@@ -244,7 +247,7 @@ class Engine:
 
     def _fail(self, plan: Plan, message: str) -> None:
         """Nothing of the plan is committed."""
-        if len(plan.spans) == 1:
+        if len(plan.spans) == 1 or plan.spans[0][0].group is plan.spans[-1][0].group is not None:
             self._tell([Event(plan.spans[0][0].id, (), "error", message)])
         else:
             self.scheduler.suspect(plan)
@@ -259,23 +262,21 @@ class Engine:
                 self.machine.copy(state, pairs)
 
     def _execute(self, plan: Plan, batch: Batch) -> tuple[list[Run], dict[str, np.ndarray]]:
-        """Run the sections, stopping after each instruction whose value a receiver wants."""
+        """Run the cycle's section, stopping after each instruction whose value is wanted."""
         wanted = {name for sequence, _, _ in plan.spans for name in sequence.request.want}
-        sections = [self.facts.main]
-        if plan.encoded:
-            sections.insert(0, "encode")
-        runs, values = [], {}
-        for section in sections:
-            first = 0
-            where = {n: self.facts.values[n] for n in wanted}
-            stops = sorted((at.index + 1, n) for n, at in where.items() if at.section == section)
-            for stop, name in stops:
-                if stop > first:
-                    runs.append(Run(section, self.machine.run(section, first, stop)))
-                    first = stop
-                values[name] = self.machine.read(name)
-            if not stops or first < len(self.program.section(section).instructions):
-                runs.append(Run(section, self.machine.run(section, first)))
+        if self.facts.logits and any(s.group for s, _, _ in plan.spans) and any(plan.picks):
+            wanted.add(self.facts.logits)
+        section = "encode" if plan.encoded else self.facts.main
+        runs, values, first = [], {}, 0
+        where = {n: self.facts.values[n] for n in wanted}
+        stops = sorted((at.index + 1, n) for n, at in where.items() if at.section == section)
+        for stop, name in stops:
+            if stop > first:
+                runs.append(Run(section, self.machine.run(section, first, stop)))
+                first = stop
+            values[name] = self.machine.read(name)
+        if not stops or first < len(self.program.section(section).instructions):
+            runs.append(Run(section, self.machine.run(section, first)))
         return runs, values
 
 

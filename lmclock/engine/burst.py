@@ -38,7 +38,7 @@ def burst_length(plan: Plan, scheduler: Scheduler, facts: Facts, most: int) -> i
         held, request = sequence.held, sequence.request
         assert held is not None
         new = sequence.prompt_length <= first == len(sequence.tokens) - 1
-        if count != 1 or not new or request.want or sequence.tally:
+        if count != 1 or not new or request.want or sequence.tally or sequence.group:
             return 1
         most = min(most, sequence.last - len(sequence.tokens), held.ready - first)
     return most if sum(plan.picks) == len(plan.spans) else 1

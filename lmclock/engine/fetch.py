@@ -14,6 +14,10 @@ Where a chunk ends depends on the sequence alone: at multiples of `chunk`, at th
 prompt, and, when computed anew, after every new token, as the first time. So no sequence's
 arithmetic depends on its neighbours. `invariant` promises that chunks do not matter to the machine,
 and lets a sequence be computed anew in whole chunks.
+
+Sources are encoded in cycles of their own, as soon as their sequences are admitted: a cycle waits
+for both sections anyway, and so the clock can tell them apart. The beams of a search run in the
+same cycles; they claim their slots when the search is admitted, and a preempted search starts over.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ Span = tuple[Running, int, int]  # sequence, first position, rows
 @dataclass(slots=True)
 class Plan:
     """The spans of one cycle, in order of arrival. `picks` are the rows of each that are picked,
-    its last ones; `encoded` those whose source rows run in this cycle.
+    its last ones; `encoded` those whose source rows run in this cycle, which has no others then.
     """
 
     spans: list[Span] = field(default_factory=list)
@@ -64,10 +68,13 @@ class Scheduler:
         insort(self.waiting, sequence, key=_arrival)
 
     def remove(self, sequence: Running) -> None:
-        """Forget it and free what it holds."""
+        """Forget it and free what it holds, all beams of a search."""
         line = self.running if sequence.held else self.waiting
-        del line[bisect_left(line, sequence.id, key=_arrival)]
-        self._release(sequence)
+        unit = _unit(sequence)
+        at = bisect_left(line, sequence.id, key=_arrival)
+        del line[at : at + len(unit)]
+        for one in unit:
+            self._release(one)
 
     def fork(self, parent: Running, child: Running) -> None:
         """Take in a child that shares what the parent has computed, if there is a slot for it."""
@@ -78,6 +85,16 @@ class Scheduler:
             child.held, child.source_due = held, parent.source_due
             insort(self.running, child, key=_arrival)
 
+    def expand(self, sequence: Running) -> list[Running]:
+        """The beams of a search whose prompt is computed: each shares what the first one holds."""
+        group = sequence.group
+        assert group is not None and sequence.held is not None
+        for beam in group.expand() if len(group.beams) == 1 else ():
+            beam.held = self.cache.fork(sequence.held)
+            assert beam.held is not None, "the slots were claimed when the search was admitted"
+            insort(self.running, beam, key=_arrival)
+        return group.beams
+
     def fetch(self) -> Plan:
         """The rows of the next cycle; none when nothing is left to run."""
         if not self.suspects and not (self.waiting and self._may_run()):
@@ -85,19 +102,25 @@ class Scheduler:
             if decode:
                 return decode
         only = self._next_suspect()
-        plan = Plan()
+        plan = self._encode(only) if self.facts.encodes else Plan()
+        if plan.spans:
+            return plan
         due = [self._due(sequence) for sequence in self.running]
         singles = due.count(1)
-        left = _Left(self.capacity.rows - singles, self.capacity.rows, self.capacity.picks)
-        left.picks -= len(due)
+        left = _Left(self.capacity.rows - singles, self.capacity.picks - len(due))
         at = 0
         while at < len(self.running):  # preemption shortens the list from its end
-            sequence, count = self.running[at], due[at]
-            wanted = sequence is only or not only
-            if wanted and (count == 1 or left.rows) and self._make_room(sequence, count):
-                self._grant(plan, left, sequence, count)
-            at += 1
-        while self.waiting and left.rows and self._may_run() and not only:
+            unit, count = _unit(self.running[at]), due[at]
+            wanted = unit[0] is only or not only
+            # All beams of a search run in the same cycle, or none.
+            fits = wanted and (count == 1 or left.rows)
+            if fits and all(self._make_room(one, count) for one in unit):
+                for one in unit:
+                    self._grant(plan, left, one, count)
+            at += len(unit)
+        # What is admitted with a source must be encoded first: by `_encode`, in the next cycle.
+        admits = not only and not self.facts.encodes
+        while self.waiting and left.rows and self._may_run() and admits:
             sequence = self.waiting[0]
             if not self._admit(sequence):
                 break
@@ -106,6 +129,20 @@ class Scheduler:
             if count == 1:
                 left.rows -= 1
             self._grant(plan, left, sequence, count)
+        return plan
+
+    def _encode(self, only: Running | None) -> Plan:
+        """The cycle of sources that wait to be encoded, which has no token rows."""
+        while self.waiting and self._may_run() and not only:
+            if not self._admit(self.waiting[0]):
+                break
+        plan, rows = Plan(), self.capacity.rows
+        for sequence in self.running:
+            if 0 < sequence.source_due <= rows and (sequence is only or not only):
+                rows -= sequence.source_due
+                plan.spans.append((sequence, 0, 0))
+                plan.picks.append(0)
+                plan.encoded.append(sequence)
         return plan
 
     def _decode_only(self) -> Plan | None:
@@ -127,7 +164,7 @@ class Scheduler:
         """The machine failed on this plan: run each of its sequences alone, to find out whose
         fault it is.
         """
-        self.suspects = [sequence.id for sequence, _, _ in plan.spans]
+        self.suspects = list(dict.fromkeys(_unit(s)[0].id for s, _, _ in plan.spans))
 
     def _next_suspect(self) -> Running | None:
         while self.suspects:
@@ -159,16 +196,13 @@ class Scheduler:
         first = sequence.held.length
         picks = self._picks(sequence, first, count)
         extra = count if count > 1 else 0
-        if extra > left.rows or picks - 1 > left.picks or sequence.source_due > left.source:
+        if extra > left.rows or picks - 1 > left.picks:
             left.rows = 0
             return
         left.rows -= extra
         left.picks -= max(picks - 1, 0)
-        left.source -= sequence.source_due
         plan.spans.append((sequence, first, count))
         plan.picks.append(picks)
-        if sequence.source_due:
-            plan.encoded.append(sequence)
 
     def _picks(self, sequence: Running, first: int, count: int) -> int:
         """How many rows of the span, counted from its end, need logits."""
@@ -185,11 +219,15 @@ class Scheduler:
         """Reserve pages for the span, preempting from the youngest on; False if that is itself."""
         assert sequence.held is not None
         while not self.cache.reserve(sequence.held, sequence.held.length + count):
-            youngest = self.running.pop()
-            self._release(youngest)
-            insort(self.waiting, youngest, key=_arrival)
+            unit = _unit(self.running[-1])
+            del self.running[-len(unit) :]
+            for one in unit:
+                self._release(one)
+            if unit[0].group:
+                unit[0].group.restart()
+            insort(self.waiting, unit[0], key=_arrival)
             self.preemptions += 1
-            if youngest is sequence:
+            if sequence in unit or sequence.group is unit[0].group is not None:
                 return False
         return True
 
@@ -217,7 +255,9 @@ class Scheduler:
         return True
 
     def _may_run(self) -> bool:
-        return len(self.running) < self.limit
+        """Whether there are slots for the first waiting sequence, and those it may become."""
+        wanted = self.waiting[0].claims if self.waiting else 1
+        return sum(sequence.claims for sequence in self.running) + wanted <= self.limit
 
     def _release(self, sequence: Running) -> None:
         if sequence.held is not None:
@@ -227,11 +267,15 @@ class Scheduler:
 
 @dataclass(slots=True)
 class _Left:
-    """What is left of a cycle's capacity: rows for spans of more than one, source rows, picks."""
+    """What is left of a cycle's capacity: rows for spans of more than one, and picks."""
 
     rows: int
-    source: int
     picks: int
+
+
+def _unit(sequence: Running) -> list[Running]:
+    """What is scheduled as one: a sequence, or all beams of its search."""
+    return sequence.group.beams if sequence.group else [sequence]
 
 
 def _arrival(sequence: Running) -> int:

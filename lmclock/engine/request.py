@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from lmclock.cache import Cache, Held
 from lmclock.engine.facts import POSITIONS, TOKENS, Facts
 from lmclock.engine.sampling import Sampling, Settings, Tally
+from lmclock.engine.search import Beams, Hypothesis, Search
 from lmclock.errors import ContextError, OptionError, UnsupportedError, choices
 from lmclock.machines import Capacity
 from lmclock.program import Program
@@ -27,13 +28,15 @@ class Event:
     """News of one sequence: its new tokens, and why it ended, if it did (one of FINISHES).
 
     stop: an end token or the sink; length: max_new_tokens, or all was computed; error: the machine
-    could not run it, and `message` says why.
+    could not run it, and `message` says why. A search has one event, at its end: `tokens` are those
+    of its best result, `results` all of them, the best first.
     """
 
     sequence: int
     tokens: tuple[int, ...] = ()
     finish: str | None = None
     message: str = ""
+    results: tuple[Hypothesis, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Request:
                     cycle that computes the rows; `seq` values once, after the prompt
     pick_all        pick every row of the prompt (perplexity), not only the last
     salt            prompts share cached pages only under the same salt
+    beams           search for the best continuations, with as many sequences side by side, instead
+                    of sampling; `sink` hears nothing of it
     """
 
     prompt: Sequence[int]
@@ -68,16 +73,18 @@ class Request:
     want: Mapping[str, Receiver] = field(default_factory=dict)
     pick_all: bool = False
     salt: bytes = b""
+    beams: Beams | None = None
 
 
 class Running:
     """A sequence between `add` and its end. Rows `held.length`.. of `tokens` are due.
 
     `source_due` source rows must be encoded with the next span. `delivered` rows have been handed
-    to receivers: a sequence computed anew does not repeat them.
+    to receivers: a sequence computed anew does not repeat them. `group` is the search whose beam it
+    is.
     """
 
-    __slots__ = ("delivered", "held", "id", "last", "prompt_length", "request",
+    __slots__ = ("delivered", "group", "held", "id", "last", "prompt_length", "request",
                  "salt", "settings", "source_due", "stops", "tally", "tokens")  # fmt: skip
 
     def __init__(self, number: int, request: Request, last: int, eos: frozenset[int]) -> None:
@@ -96,6 +103,19 @@ class Running:
         self.held: Held | None = None
         self.source_due = len(request.source)
         self.delivered = 0
+        self.group = Group(self) if request.beams else None
+
+    @property
+    def width(self) -> int:
+        """Sequences it may become."""
+        return self.request.beams.width if self.request.beams else 1
+
+    @property
+    def claims(self) -> int:
+        """Sequences it may still become beside those that run: the beams of a search in its prompt
+        are not there yet.
+        """
+        return 1 if self.group is None or len(self.group.beams) > 1 else self.width
 
     @property
     def new_tokens(self) -> int:
@@ -106,6 +126,34 @@ class Running:
     def may_share(self) -> bool:
         """Whether cached pages may stand for its rows: receivers must see all of them."""
         return not (self.request.inputs or self.request.want or self.request.pick_all)
+
+
+class Group:
+    """The beams of one search: sequences that run side by side, the first of which is the one that
+    the caller knows. Until its prompt is computed it is alone.
+    """
+
+    __slots__ = ("beams", "search")
+
+    def __init__(self, first: Running) -> None:
+        self.beams = [first]
+        self.restart()
+
+    def restart(self) -> None:
+        """As before the prompt; beams but the first are forgotten."""
+        first = self.beams[0]
+        del self.beams[1:], first.tokens[first.prompt_length :]
+        assert first.request.beams is not None
+        self.search = Search(first.request.beams, first.tokens, first.last, first.stops)
+
+    def expand(self) -> list[Running]:
+        """The other beams, not yet in any line; their numbers follow the first one's."""
+        first = self.beams[0]
+        for number in range(first.id + 1, first.id + first.width):
+            beam = Running(number, replace(first.request, beams=None), first.last, first.stops)
+            beam.source_due, beam.group = 0, self
+            self.beams.append(beam)
+        return self.beams[1:]
 
 
 def last_length(
@@ -135,12 +183,35 @@ def last_length(
             f"program {program.name!r} keeps no state to go on from, so max_new_tokens={new} "
             "cannot be; valid: 0 or 1"
         )
+    if request.beams:
+        _check_beams(request, program, facts, cache, capacity)
     for token in request.sampling.logit_bias:
         if token >= facts.logits_width:
             raise OptionError(
                 f"logit_bias for token {token}: valid ids: 0 to {facts.logits_width - 1}"
             )
     return _fit(request, facts, cache, capacity)
+
+
+def _check_beams(
+    request: Request, program: Program, facts: Facts, cache: Cache, capacity: Capacity
+) -> None:
+    assert request.beams is not None
+    if facts.next is None or not facts.carries or facts.fixed:
+        why = "a state that cannot be shared" if facts.fixed else "no tokens to go on from"
+        raise UnsupportedError(f"program {program.name!r} has {why}, so beams cannot be searched")
+    most = min(capacity.slots, capacity.rows, capacity.picks)
+    if request.beams.width > most:
+        raise ContextError(f"{request.beams.width} beams do not fit; valid: at most {most} here")
+    demanded = (request.beams.first, *request.beams.final)
+    for token in (
+        *(t for t in demanded if t is not None),
+        *(t for r in request.beams.banned for t in r),
+    ):
+        if not 0 <= token < facts.logits_width:
+            raise OptionError(
+                f"the search names token {token}; valid ids: 0 to {facts.logits_width - 1}"
+            )
 
 
 def _fit(request: Request, facts: Facts, cache: Cache, capacity: Capacity) -> int:
@@ -155,7 +226,9 @@ def _fit(request: Request, facts: Facts, cache: Cache, capacity: Capacity) -> in
         )
     limits = [(facts.context, "the context of the model")] if facts.context else []
     if cache.positions is not None:
-        limits.append((cache.positions, "the room of the cache"))
+        width = request.beams.width if request.beams else 1
+        room = cache.positions // cache.page_size // width * cache.page_size
+        limits.append((room, "the room of the cache"))
     if facts.next is None:
         new = 0
     elif not facts.carries and new is None:

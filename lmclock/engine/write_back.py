@@ -6,7 +6,7 @@ end has come says why. Receivers get the values they want before anything else h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,9 @@ from lmclock.cache import Cache
 from lmclock.engine.facts import Facts
 from lmclock.engine.fetch import Plan
 from lmclock.engine.request import Event, Running
+from lmclock.engine.search import Hypothesis
+
+Expand = Callable[[Running], list[Running]]
 
 
 @dataclass(slots=True)
@@ -34,9 +37,11 @@ def write_back(
     values: Mapping[str, np.ndarray],
     facts: Facts,
     cache: Cache,
+    expand: Expand | None = None,
 ) -> Outcome:
     """Advance the plan's sequences: `sampled` has a token per picked row, `values` what was read
-    for receivers. Sequences that ended still hold their cache.
+    for receivers and searches, `expand` makes a sequence the beams of its search. Sequences that
+    ended still hold their cache.
     """
     outcome = Outcome()
     if values:
@@ -44,10 +49,14 @@ def write_back(
     at = 0
     for sequence in plan.encoded:
         sequence.source_due = 0
+    rows: dict[Running, list[int]] = {}  # first beam of a search -> its rows of logits
     for (sequence, first, count), picks in zip(plan.spans, plan.picks, strict=True):
         assert sequence.held is not None
         at += picks
         end = first + count
+        if not count:
+            outcome.decoding.append(False)
+            continue
         outcome.decoding.append(first >= sequence.prompt_length)
         if first < sequence.prompt_length:
             outcome.prompt_rows += count
@@ -57,8 +66,39 @@ def write_back(
         cache.commit(sequence.held, sequence.tokens, end)
         if end < len(sequence.tokens):
             continue
+        if sequence.group:
+            rows.setdefault(sequence.group.beams[0], []).extend([at - 1] * bool(picks))
+            continue
         _retire(outcome, sequence, sampled[at - 1] if picks and end < sequence.last else None)
+    for first_beam, chosen in rows.items():
+        logits = values[facts.logits][chosen] if chosen and facts.logits else None
+        _search(outcome, first_beam, logits, expand, cache)
     return outcome
+
+
+def _search(
+    outcome: Outcome,
+    first: Running,
+    logits: np.ndarray | None,
+    expand: Expand | None,
+    cache: Cache,
+) -> None:
+    """The beams of a search go on as what its best continuations are, or it ends."""
+    assert first.group is not None
+    search = first.group.search
+    if logits is not None and not search.over:
+        search.advance(logits)
+    if logits is None or search.over:
+        results = tuple(search.results)
+        best = results[0] if results else Hypothesis((), 0.0, "length")
+        outcome.retired += len(best.tokens)
+        outcome.events.append(Event(first.id, best.tokens, best.finish, results=results))
+        return
+    assert expand is not None
+    beams = expand(first)
+    cache.reorder([beam.held for beam in beams if beam.held], search.parents)
+    for beam, tokens in zip(beams, search.sequences, strict=True):
+        beam.tokens = list(tokens)
 
 
 def _retire(outcome: Outcome, sequence: Running, token: int | None) -> None:
