@@ -27,7 +27,7 @@ class Cycle:
     """One cycle. `stamps` are five ticks of machine.now(): where each stage of STAGES begins, and
     the end.
 
-    prompt_rows  valid token rows of prompts; decode_rows: those after a prompt
+    prompt_rows  valid rows of prompts and sources; decode_rows: those after a prompt
     retired      new tokens handed to callers
     decoding     per sequence of the batch, whether its rows are decode rows
     kept         (tok rows,) bool: rows whose work was of use, rejected proposals not among them;

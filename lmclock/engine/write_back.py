@@ -49,6 +49,7 @@ def write_back(
     at = 0
     for sequence in plan.encoded:
         sequence.source_due = 0
+        outcome.prompt_rows += len(sequence.request.source)
     rows: dict[Running, list[int]] = {}  # first beam of a search -> its rows of logits
     for (sequence, first, count), picks in zip(plan.spans, plan.picks, strict=True):
         assert sequence.held is not None

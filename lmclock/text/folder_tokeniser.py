@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lmclock.errors import FileError, UnsupportedError, choices
-from lmclock.text import classic, words
+from lmclock.text import classic, marian, words
 from lmclock.text.pipeline import (
     MODELS,
     build_model,
@@ -49,11 +49,14 @@ def from_folder(folder: str | Path) -> Tokeniser:
     document = _read(source)
     config = _read(folder / "tokenizer_config.json") or {}
     config = {**(_read(folder / "special_tokens_map.json") or {}), **config}
-    if document is None:
-        source, document = _from_vocabulary(folder, config)
     generation = _read(folder / "generation_config.json") or {}
     if generation.get("eos_token_id") is None:
         generation = _read(folder / "config.json") or {}
+    if document is None:
+        found = _from_pieces(folder, config, generation)
+        if found is not None:
+            return found
+        source, document = _from_vocabulary(folder, config)
     jinja = _text(folder / "chat_template.jinja")
     if jinja is not None:
         config["chat_template"] = jinja
@@ -81,22 +84,52 @@ def _from_vocabulary(folder: Path, config: dict[str, Any]) -> tuple[Path, dict[s
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
     if found is None:
-        raise FileError(f"{folder} has no tokenizer.json, {classic.FILES}")
+        raise FileError(f"{folder} has no tokenizer.json, {classic.FILES}, or {marian.FILES}")
     return path, found
 
 
+def _from_pieces(
+    folder: Path, config: dict[str, Any], generation: Mapping[str, Any]
+) -> Tokeniser | None:
+    """The tokeniser of a folder that has SentencePiece files only, None where it has none."""
+    path = folder / "source.spm"
+    try:
+        found = marian.from_files(
+            lambda name: _bytes(folder / name),
+            lambda name: _read(folder / name),
+            config,
+            generation,
+        )
+        path = folder / "spiece.model"
+        data = None if found else _bytes(path)
+        return (
+            found if data is None else _build(marian.t5_document(data, config), config, generation)
+        )
+    except (FileError, UnsupportedError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
 def _text(path: Path) -> str | None:
-    """A text file, whole, None if there is none; only regular files are opened."""
+    """A text file, whole, None if there is none."""
+    data = _bytes(path)
+    try:
+        return None if data is None else data.decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} cannot be read: {error}") from None
+
+
+def _bytes(path: Path) -> bytes | None:
+    """A file, whole, None if there is none; only regular files are opened."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise FileError(f"{path} is not a regular file")
         if found.st_size > MAX_JSON_BYTES:
             raise FileError(f"{path} has {found.st_size} bytes; valid: at most {MAX_JSON_BYTES}")
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise FileError(f"{path} cannot be read: {error}") from None
 
 
