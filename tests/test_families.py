@@ -95,7 +95,7 @@ def test_it_runs_and_every_tick_is_accounted_for(model_type: str, folders: dict[
         goes_on = facts.next is not None and facts.carries
         kinds = ["encode"] if facts.encodes or facts.main == "encode" else []
         kinds += ["prefill"] if facts.main == "step" else []
-        assert list(clock.kinds) == (kinds + ["decode"] if goes_on else kinds)
+        assert list(clock.kinds) == ([*kinds, "decode"] if goes_on else kinds)
         assert len(cycles) == facts.encodes + (4 if goes_on else 1)
         sections = [[run.section for run in c.runs] for c in cycles]
         assert sections[0] == ["encode" if facts.encodes else facts.main]
