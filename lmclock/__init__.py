@@ -9,11 +9,14 @@ The names below load what they need when they are first used, so that importing 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lmclock.errors import LmclockError
 
+# Importing `typing` would be most of what importing this package takes, and of the time in which
+# Ctrl-C finds no handler of ours yet (see __main__.py).
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from lmclock.model import Model, Reply, load
 
     __version__: str

@@ -2,7 +2,7 @@
 // while the tests ran, and compares each value that they read.
 //
 //   pytest -p tests.recorder --record=build/machine.rec tests/test_native_machine.py
-//   build/drivers/replay build/machine.rec
+//   build/drivers/replay build/machine.rec [PATH]
 //
 // Numbers must agree within a normalised mean square error of 1e-7, ids exactly. The recorded ones
 // are those of path scalar, which the tests hold to the array machine.
@@ -188,14 +188,21 @@ void replay(const char* path, const Kernels& kernels) {
     } else File::fail("message " + std::to_string(kind) + " is unknown");
   }
   std::printf("%s: %lld values as recorded\n", kernels.name, static_cast<long long>(test.reads));
+  std::fflush(stdout);
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 2) File::fail("usage: replay RECORDING");
+  if (count != 2 && count != 3) File::fail("usage: replay RECORDING [PATH]");
   try {
-    for (const Kernels* kernels : available_kernels()) replay(arguments[1], *kernels);
+    if (count == 2) {
+      for (const Kernels* kernels : available_kernels()) replay(arguments[1], *kernels);
+    } else if (const Kernels* kernels = select_kernels(arguments[2])) {
+      replay(arguments[1], *kernels);
+    } else {
+      File::fail(std::string("this build or processor has no path ") + arguments[2]);
+    }
   } catch (const Failure& failure) {
     File::fail(failure.message);
   }
