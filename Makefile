@@ -132,5 +132,6 @@ build/%/.installed: $(VENV)/.test build/files CMakeLists.txt $(wildcard native/*
 	$(PIP) --python build/$*/bin/python install --no-deps --no-build-isolation \
 	  --config-settings=build-dir=build/$*/objects \
 	  --config-settings=cmake.build-type=RelWithDebInfo \
+	  --config-settings=cmake.define.LMCLOCK_EMULATE_AMX=ON \
 	  --config-settings=cmake.define.LMCLOCK_SANITIZE=$(sanitizers_$*) -e .
 	touch $@
