@@ -136,6 +136,12 @@ LM_INLINE i32x16 round_i(f32x16 a) {  // nearest, ties to even
 }
 LM_INLINE i32x16 as_i32(f32x16 a) { return LM_QUARTERS(i32x16, vreinterpretq_s32_f32(a.q[i])); }
 LM_INLINE f32x16 as_f32(i32x16 a) { return LM_QUARTERS(f32x16, vreinterpretq_f32_s32(a.q[i])); }
+LM_INLINE i32x16 load_i8(const void* p) {
+  const int8x16_t all = vld1q_s8(static_cast<const int8_t*>(p));
+  const int16x8_t low = vmovl_s8(vget_low_s8(all)), high = vmovl_s8(vget_high_s8(all));
+  return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)),
+           vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))}};
+}
 LM_INLINE void store_i8(void* p, i32x16 x) {
   const int16x8_t low = vcombine_s16(vmovn_s32(x.q[0]), vmovn_s32(x.q[1]));
   const int16x8_t high = vcombine_s16(vmovn_s32(x.q[2]), vmovn_s32(x.q[3]));
