@@ -19,11 +19,16 @@ LM_INLINE float largest(f32x16 a, f32x16 b) {
 }
 
 // d = amax / 127, codes rint(x (1 / d)). A subnormal d may have no finite reciprocal: its codes are
-// 0. A block with a NaN or an infinity becomes NaN.
+// 0. A block with a NaN or an infinity becomes NaN; codes of such numbers would be anything.
 LM_INLINE void round_q8_block(const float* x, Q8Block* out) {
   const f32x16 a = load(x), b = load(x + 16);
   const float amax = largest(a, b);
-  const float d = amax < __builtin_inff() ? amax / 127.0f : __builtin_nanf("");
+  if (!(amax < __builtin_inff())) {
+    *out = {};
+    out->d = out->s = __builtin_nanf("");
+    return;
+  }
+  const float d = amax / 127.0f;
   const float inverse = d >= 0x1p-126f ? 1.0f / d : 0.0f;
   const i32x16 qa = round_i(a * splat(inverse)), qb = round_i(b * splat(inverse));
   store_i8(out->q, qa);
