@@ -175,13 +175,12 @@ def predicted_knee(rows: Sequence[Sequence[float]]) -> float | None:
 
 
 def measured_knee(counts: Sequence[float], seconds: Sequence[float]) -> float | None:
-    """Where the line through the largest three counts meets the time of one sequence."""
-    if len(counts) < 4:
+    """How many sequences take as long as one, at the time per sequence of the largest count; None
+    unless that time is spent on arithmetic: twice the sequences must take nearly twice as long.
+    """
+    if len(counts) < 3 or seconds[-1] < 1.5 * seconds[-2] * counts[-1] / (2 * counts[-2]):
         return None
-    slope, start = np.polyfit(np.array(counts[-3:], float), np.array(seconds[-3:], float), 1)
-    if slope * counts[-1] < 0.01 * seconds[0]:  # flat: there is no knee in what was measured
-        return None
-    return float((seconds[0] - start) / slope)
+    return seconds[0] * counts[-1] / seconds[-1]
 
 
 def theirs(samples: Samples, kind: str, n: int) -> tuple[str, str] | None:
@@ -248,7 +247,7 @@ def _knees(
     yield (
         "Knee from memory to arithmetic: "
         + ", ".join(f"{what.split()[0]} at {at:.1f} sequences" for what, at in marks.items())
-        + ". Measured: where the line through the largest three meets the time of one sequence."
+        + ". Measured: sequences that take as long as one, at the time per sequence of the most."
     )
     series = [Series.of(name, points) for name, points in curves.items()]
     most = [row for row in foretold if row[0] <= max(SEQUENCES)]

@@ -1,6 +1,6 @@
 """How much the limit varies: `calibrate` again and again, and the variation of every figure.
 
-    python -m bench.limit [--times 10]
+    python -m bench.limit [--times 5]
 
 A figure of one calibration is the best of its repetitions, which is what the clock uses.
 """
@@ -22,7 +22,7 @@ STEADY = 0.05
 
 
 @click.command(help=__doc__)
-@click.option("--times", type=click.IntRange(2), default=10, show_default=True)
+@click.option("--times", type=click.IntRange(2), default=5, show_default=True)
 @click.option("--repeat", type=click.IntRange(1), default=5, help="Repetitions of each.")
 @click.option("--threads", type=click.IntRange(1), default=settings.threads)
 @click.option("--dry", is_flag=True, help="Print only.")

@@ -38,6 +38,8 @@ SAME = "llama.cpp Q4_1"
 LLAMA = (SAME, "llama.cpp Q4_0", "llama.cpp Q8_0", "llama.cpp Q4_K_M")
 CT2, ONNX = "ctranslate2 int8", "onnxruntime-genai int4"
 SMALL = (*LLAMA, CT2, ONNX)  # peers of 8 bits or fewer
+SLOW = "transformers f32"  # measured when asked for: it doubles the time of a round
+QUICK = ("lmclock", SAME, "limit")
 PEERS: dict[str, Callable[[Sizes], Made]] = {
     "lmclock": lmclock_jobs,
     **{name: partial(llama_jobs, kind=name.split()[1]) for name in LLAMA},
@@ -62,7 +64,7 @@ def main(plan: Plan, prompt: int, new: int, peer: tuple[str, ...], worker: str |
         serve(lambda: PEERS[worker](sizes))
         return
     store = Store("peers")
-    names = peer or (("lmclock", SAME, "limit") if plan.quick else tuple(PEERS))
+    names = peer or (QUICK if plan.quick else tuple(name for name in PEERS if name != SLOW))
     begin = partial(
         start, "bench.peers", names, f"--prompt={prompt}", f"--new={new}", threads=plan.threads
     )

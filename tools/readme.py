@@ -32,13 +32,12 @@ def layer(listing: str) -> str:
 
 
 def peers_table() -> str:
-    """The markdown table of bench/peers.py."""
+    """The first table of bench/peers.py: engines side by side."""
     text = (ROOT / "docs/measurements.md").read_text()
     block = re.search(r"<!-- peers -->(.*?)<!-- /peers -->", text, re.S)
     if not block:
         raise SystemExit("docs/measurements.md has no peers section: run `make bench` first")
-    rows = [line for line in block[1].splitlines() if line.startswith("|")]
-    return "\n".join(rows)
+    return next(part for part in block[1].split("\n\n") if part.startswith("|"))
 
 
 def main() -> None:
