@@ -125,9 +125,9 @@ def rate_of(model: Model, cycles: Sequence[Cycle], opcodes: Sequence[str]) -> fl
     return done * rate * model.machine.traits.threads / ticks
 
 
-def llama_jobs(sizes: Sizes, kind: str, path: str | None = None) -> Made:
-    """llama.cpp on weights of a kind (models.TYPES), flash attention off and on: llama_decode, as
-    llama-bench does it.
+def llama_jobs(sizes: Sizes, kind: str, path: str | None = None, flash_only: bool = False) -> Made:
+    """llama.cpp on weights of a kind (models.TYPES), flash attention off (unless `flash_only`) and
+    on: llama_decode, as llama-bench does it.
     """
     import ctypes
 
@@ -147,7 +147,7 @@ def llama_jobs(sizes: Sizes, kind: str, path: str | None = None) -> Made:
         llama.clear()
         return timed(lambda: llama.one_by_one(tokens))
 
-    for flash, name in ((False, ""), (True, " -fa")):
+    for flash, name in ((True, " -fa"),) if flash_only else ((False, ""), (True, " -fa")):
         llama = Llama(weights, sizes.threads, flash, sizes.context, batch=sizes.prompt)
         jobs[f"prefill{name}"] = partial(prefill, llama)
         jobs[f"decode{name}"] = partial(decode, llama)

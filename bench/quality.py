@@ -1,6 +1,6 @@
 """Perplexity and KL divergence of quantised runs against the dequantised fp32 model.
 
-    python -m bench.quality [--windows 33] [--few 4] [--only Q4_0] [--resume] [--seconds 80]
+    python -m bench.quality [--windows 32] [--few 2] [--only Q4_0] [--resume] [--seconds 80]
 
 wikitext-2 test in windows of 512 tokens, the second half of each scored, as llama-perplexity does.
 One stage per block format: `--windows` of the packaged file, `--few` of the files that llama.cpp's
@@ -45,8 +45,8 @@ PEER = "llama.cpp"
 
 @click.command(help=__doc__)
 @options(rounds=1)
-@click.option("--windows", type=click.IntRange(1), default=33, show_default=True)
-@click.option("--few", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--windows", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--few", type=click.IntRange(1), default=2, show_default=True)
 def main(plan: Plan, windows: int, few: int) -> None:
     store = Store("quality")
     for kind in FORMATS[:1] if plan.quick else FORMATS:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from bench.common import ROOT, Job, Samples, Worker, interleave, machine, publis
 from lmclock import settings
 
 FOLDER = ROOT / "build" / "bench"
+_COMMIT = re.compile(r"commit ([\w-]+)")
 Start = Callable[[], tuple[dict[str, Worker], list[str]]]
 
 
@@ -209,6 +211,9 @@ class Store:
             )
         )  # fmt: skip
         text = [f"## {title}", where, *parts]
+        commits = {found[1] for s in self.stages.values() if (found := _COMMIT.search(s.where))}
+        if len(commits) > 1:
+            text.append(f"Stages are of different commits: {', '.join(sorted(commits))}.")
         if goals:
             text.append(goal_table(goals))
         if notes:
