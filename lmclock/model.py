@@ -24,30 +24,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmclock.assemble import Assembled, assemble
+from lmclock.assemble import Assembled
 from lmclock.capacity import DEFAULT_CONTEXT, capacity_of
-from lmclock.config import ModelConfig
-from lmclock.config.encoder import with_sentence
-from lmclock.encode import Encoder, Watch
-from lmclock.encode.classify import Classes, classify
-from lmclock.encode.embed import embed
 from lmclock.engine import Engine, Event, Request
 from lmclock.engine.sampling import sampling_of
 from lmclock.errors import LmclockError, OptionError, UnsupportedError
-from lmclock.files import GGUF
-from lmclock.files.pull import pull
 from lmclock.machines import Capacity, Machine, create
 from lmclock.passes import optimise
-from lmclock.passes.quantize import quantize
 from lmclock.program import Program
+from lmclock.reading import pooled, read, tokenizer_of
 from lmclock.reports.reply import Reply
-from lmclock.text import StopStrings, Tokeniser, encode_chat, from_folder, from_gguf
-from lmclock.translate import Translation, Translator, source_request
+from lmclock.text import StopStrings, Tokeniser, encode_chat
 
 if TYPE_CHECKING:
     from lmclock.clock import Clock
     from lmclock.cycle import Cycle
+    from lmclock.encode import Encoder, Watch
+    from lmclock.encode.classify import Classes
     from lmclock.hardware.limits import Limits
+    from lmclock.translate import Translation, Translator
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 BURST = 16  # cycles of a reply that nobody reads while it comes: see engine/burst.py
@@ -94,11 +89,11 @@ def load(
     with ExitStack() as undo:
         maker = create(machine, **options)
         undo.callback(maker.close)
-        assembled = read(model, cache, weights, lambda c: with_sentence(c, pooling, normalize))
+        assembled = read(model, cache, weights, pooled(pooling, normalize))
         most = assembled.program.context or DEFAULT_CONTEXT
         if context > most:
             raise OptionError(f"context={context} is more than the model was made for, {most}")
-        program = optimise(assembled.program, level, keep)
+        program = optimise(assembled.program, level, keep, verified=not weights)
         if context:  # pages round it up: what does not fit is to be said by this number
             program = replace(program, context=context)
         capacity = capacity_of(program, sequences, context, most, chunk, picks)
@@ -108,20 +103,6 @@ def load(
         assembled, program, maker, capacity,
         chunk=chunk, invariant=invariant, prefix_reuse=prefix_reuse,
     )  # fmt: skip
-
-
-def read(
-    model: str,
-    cache: str = "f16",
-    weights: str | None = None,
-    change: Callable[[ModelConfig], ModelConfig] | None = None,
-) -> Assembled:
-    """What the files of a model say, its float weights rounded to `weights` where that is given."""
-    found = assemble(pull(model), cache, change)
-    if weights is None:
-        return found
-    program, stored = quantize(found.program, found.weights, weights)
-    return replace(found, program=program, weights=stored)
 
 
 def _check(
@@ -197,8 +178,7 @@ class Model:
         """The whole continuation; options as for `stream`."""
         text = TextStream(self, prompt, **options)
         text.most = BURST
-        for _ in text:
-            pass
+        "".join(text)
         return text.reply
 
     def cycles_of(self, prompt: str, **options: Any) -> tuple[Cycle, ...]:
@@ -207,6 +187,8 @@ class Model:
         """
         if self.program.has("step"):
             return self.generate(prompt, **options).cycles
+        from lmclock.encode import Watch
+
         watch = Watch()
         self.streams.append(watch)
         try:
@@ -227,19 +209,27 @@ class Model:
     @cached_property
     def encoder(self) -> Encoder:
         """What runs texts through the model; UnsupportedError when it is no encoder."""
+        from lmclock.encode import Encoder
+
         return Encoder(self.engine, self.program, self.config, self.tokenizer)
 
     def embed(self, texts: Sequence[str], truncate: bool = False) -> np.ndarray:
         """(texts, width) float32: see encode/embed.py."""
+        from lmclock.encode.embed import embed
+
         return embed(self.encoder, texts, truncate)
 
     def classify(self, texts: Sequence[str], second: Sequence[str] | None = None) -> list[Classes]:
         """Classes and scores of texts, or of pairs; entities and answers: encode/classify.py."""
+        from lmclock.encode.classify import classify
+
         return classify(self.encoder, texts, second)
 
     @cached_property
     def translator(self) -> Translator:
         """What searches for translations; UnsupportedError when the model has no encoder."""
+        from lmclock.translate import Translator
+
         return Translator(self.engine, self.program, self.config, self.tokenizer)
 
     def translate(self, texts: Sequence[str], **options: Any) -> list[Translation]:
@@ -306,8 +296,7 @@ class TextStream:
             )
         self.model = model
         self.tokens: list[int] = []
-        self.finish = ""  # why it ended
-        self.text = ""  # what has come
+        self.finish, self.text = "", ""  # why it ended; what has come
         self.cycles: list[Cycle] = []
         self.most = 1  # cycles between two looks at the pieces
         settings = sampling_of(sampling)
@@ -327,6 +316,8 @@ class TextStream:
             ids, max_new_tokens, settings, stops, ignore_eos, sink=self._take, ended=self._end
         )
         if translates:
+            from lmclock.translate import source_request
+
             self._request = source_request(model.config, self._request)
         model.engine.check(self._request)
 
@@ -382,11 +373,3 @@ class TextStream:
             self.text, tuple(self.tokens), self.finish, self.prompt_tokens, self.model,
             tuple(self.cycles),
         )  # fmt: skip
-
-
-def tokenizer_of(assembled: Assembled) -> Tokeniser:
-    """The tokenizer in a GGUF file's metadata, or in the files beside safetensors."""
-    reader = assembled.reader
-    if isinstance(reader, GGUF):
-        return from_gguf(reader.metadata)
-    return from_folder(Path(reader.path).parent)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from lmclock.errors import LmclockError, ProgramError, choices
 from lmclock.formats import get_format
 from lmclock.isa import Instruction, Type
-from lmclock.listing import assembly
 from lmclock.program import CACHE_FORMATS, STATE_KINDS, Program, State, Weight
 
 
@@ -40,6 +39,8 @@ def verify(program: Program) -> Program:
                 scope.outs = program.out_types(i, known)
                 _check(TYPE_RULES, (scope,))
             except ProgramError as error:
+                from lmclock.listing import assembly  # only where something is wrong
+
                 where = f"{section.name} {number}: {assembly(i)}"
                 raise ProgramError(f"{where}: {error}") from None
             known.update(zip(i.outs, scope.outs, strict=True))

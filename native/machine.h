@@ -28,6 +28,7 @@ struct WeightSource {
   int64_t row_bytes = 0;
   const uint8_t* data = nullptr;  // stored rows
   const float* vector = nullptr;  // f32 content, where an instruction reads it as a vector
+  bool mapped = false;            // data lies in a shared read-only map of a file
 };
 
 struct ValueSource {

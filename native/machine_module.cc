@@ -70,6 +70,7 @@ void load(Machine& machine, nb::list weights, nb::list sections, nb::list states
     w.data = data.data;
     w.row_bytes = w.rows ? data.size / w.rows : 0;
     w.vector = views.get<float>(t[5]).data;
+    w.mapped = nb::cast<bool>(t[6]);
     return w;
   });
   source.sections = each<SectionSource>(sections, [&](nb::handle item) {

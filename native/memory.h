@@ -56,4 +56,15 @@ class Memory {
   size_t size_ = 0;
 };
 
+// Whole pages of a shared, read-only file map leave this process's memory; the file's cache keeps
+// them.
+inline void give_back(const uint8_t* begin, const uint8_t* end) {
+#ifdef MADV_DONTNEED
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t a = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
+  const uintptr_t b = reinterpret_cast<uintptr_t>(end) / kPage * kPage;
+  if (a < b) madvise(reinterpret_cast<void*>(a), b - a, MADV_DONTNEED);
+#endif
+}
+
 }  // namespace lmclock

@@ -104,10 +104,14 @@ void pack_all(Team& team, const Kernels& kernels, const ProgramSource& source,
     for (size_t n = next.fetch_add(1); n < pieces.size(); n = next.fetch_add(1)) {
       const Piece& piece = pieces[n];
       const Matrix& m = piece.job->matrix;
-      const int32_t format = source.weights[static_cast<size_t>(piece.job->weight)].format;
-      if (!kernels.pack(format, piece.job->rows, m.outputs, m.width, const_cast<uint8_t*>(m.data),
+      const WeightSource& w = source.weights[static_cast<size_t>(piece.job->weight)];
+      if (!kernels.pack(w.format, piece.job->rows, m.outputs, m.width, const_cast<uint8_t*>(m.data),
                         m.panel_stride, piece.first, piece.last))
         bad.store(piece.job->weight);
+      const int64_t end = std::min(piece.last * kPanel, m.outputs);
+      if (w.mapped)  // now, so that the weights are never in memory twice
+        give_back(piece.job->rows + piece.first * kPanel * w.row_bytes,
+                  piece.job->rows + end * w.row_bytes);
     }
   });
   if (bad.load() >= 0) refuse(source.weights[static_cast<size_t>(bad.load())]);

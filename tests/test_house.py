@@ -33,7 +33,18 @@ RANKS = {
     **dict.fromkeys(("hardware", "cycle"), 8),
     **dict.fromkeys(("roofline", "clock", "engine"), 9),
     **dict.fromkeys(
-        ("reports", "debug", "encode", "translate", "capacity", "train", "serve", "tune"), 10
+        (
+            "reports",
+            "debug",
+            "encode",
+            "translate",
+            "capacity",
+            "reading",
+            "train",
+            "serve",
+            "tune",
+        ),
+        10,
     ),
     **dict.fromkeys(("model", "probe"), 11),
     "cli": 12,

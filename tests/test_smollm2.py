@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from helpers import Runner
 
 from lmclock.assemble import Assembled, assemble
 from lmclock.config import Rope
+from lmclock.files import GGUF
 from lmclock.listing import parse, render
 from lmclock.text import from_gguf
 
@@ -45,3 +47,17 @@ def test_paris(model: Assembled, machine: str) -> None:
         said.append(token)
         work = [token]
     assert tokeniser.decode(said).startswith(" Paris.")
+
+
+def test_short_texts_get_the_ids_the_library_gives(smollm2: Path) -> None:
+    """Texts up to the limit are merged straight from the file's list; README text and noise."""
+    metadata = GGUF.open(smollm2).metadata
+    short, library = from_gguf(metadata), from_gguf(metadata)
+    assert len(library.encode("x" * 100)) > 0  # a long text: from here on the library encodes
+    draw = random.Random(1)
+    text = (Path(__file__).parent.parent / "README.zh-CN.md").read_text()
+    for _ in range(60):
+        at = draw.randrange(len(text) - 32)
+        noise = "".join(chr(draw.choice((32, 97, 0x301, 0x1F600, 0xE9, 0xA0))) for _ in range(12))
+        for part in (text[at : at + draw.randrange(1, 33)], noise):
+            assert short.encode(part) == library.encode(part)

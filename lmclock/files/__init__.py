@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lmclock.errors import FileError, choices
-from lmclock.files import gguf, mapping, safetensors
+from lmclock.files import gguf, mapping
 from lmclock.files.gguf import GGUF
-from lmclock.files.safetensors import Safetensors
 from lmclock.files.tensor import Reader, Tensor
+
+if TYPE_CHECKING:
+    from lmclock.files.safetensors import Safetensors
 
 __all__ = ["GGUF", "Reader", "Safetensors", "Tensor", "open_weights"]
 
@@ -33,14 +36,18 @@ def open_weights(path: str | Path) -> Reader:
     with_head.close()
     if head.startswith(gguf.MAGIC):
         return GGUF.open(path)
+    from lmclock.files import safetensors  # a GGUF file needs nothing of it
+
     if safetensors.looks_like(head) or head.lstrip()[:1] == b"{":
-        return Safetensors.open(path)
+        return safetensors.Safetensors.open(path)
     meaning = mapping.foreign(path, head)
     raise FileError(f"{path} {meaning or 'is neither a GGUF nor a safetensors file'}")
 
 
 def _weights_in(folder: Path) -> Path:
     """The file to open of a model's folder: an index, else safetensors, else GGUF."""
+    from lmclock.files import safetensors
+
     if (folder / safetensors.INDEX).exists():
         return folder / safetensors.INDEX
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
@@ -60,3 +67,11 @@ def _weights_in(folder: Path) -> Path:
 
 def _later_shard(name: str) -> bool:
     return re.search(r"-(?!00001)\d{5}-of-\d{5}\.\w+$", name) is not None
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Safetensors":
+        from lmclock.files.safetensors import Safetensors
+
+        return Safetensors
+    raise AttributeError(f"module 'lmclock.files' has no attribute {name!r}")

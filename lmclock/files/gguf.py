@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import struct
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,6 +80,7 @@ class Strings(Sequence[str]):
     def __init__(self, path: Path, key: str, data: memoryview, starts: array[int]) -> None:
         """`starts` `(count + 1)`: where each string's 8 bytes of length begin, and the end."""
         self._path, self._key, self._data, self._starts = path, key, data, starts
+        self._raw: bytes | None = None  # what `find` looks through
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -98,6 +100,21 @@ class Strings(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tolist())
+
+    def find(self, text: str) -> int | None:
+        """Where the first string equal to `text` is; nothing is decoded for it."""
+        begin = self._starts[0]
+        if self._raw is None:
+            self._raw = bytes(self._data[begin : self._starts[-1]])
+        encoded = text.encode()
+        wanted = len(encoded).to_bytes(8, "little") + encoded
+        at = self._raw.find(wanted)
+        while at >= 0:
+            index = bisect_left(self._starts, begin + at)
+            if self._starts[index] == begin + at:
+                return index
+            at = self._raw.find(wanted, at + 1)
+        return None
 
     def tolist(self) -> list[str]:
         """All strings; several times faster than one by one."""

@@ -11,6 +11,7 @@ function are refused at load.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -274,7 +275,8 @@ def _check_registers(program: Program, instructions: tuple[Instruction, ...]) ->
 
 
 def _weight_arrays(program: Program, weights: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
-    """(name, format code, rows, width, stored bytes, f32 content or None) of every declared weight.
+    """(name, format code, rows, width, stored bytes, f32 content or None, whether the bytes are
+    those of a mapped file) of every declared weight.
 
     The content is unpacked only where some instruction reads the weight as a vector.
     """
@@ -303,8 +305,16 @@ def _weight_arrays(program: Program, weights: Mapping[str, Tensor]) -> list[tupl
             content = tensor.unpack() if w.name in vectors else None
         if content is not None:
             content = np.ascontiguousarray(content, np.float32)
-        arrays.append((w.name, code, *w.shape, data, content))
+        arrays.append((w.name, code, *w.shape, data, content, _is_mapped(data)))
     return arrays
+
+
+def _is_mapped(data: np.ndarray) -> bool:
+    """Whether the bytes lie in a read-only map of a file, whose pages can be dropped once read."""
+    owner: Any = data
+    while isinstance(owner, np.ndarray | memoryview):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    return isinstance(owner, mmap) and memoryview(owner).readonly
 
 
 def _array(x: Any, kind: Any = np.int32) -> Any:

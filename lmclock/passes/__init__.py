@@ -25,14 +25,18 @@ LEVELS: dict[int, tuple[Pass, ...]] = {
 }
 
 
-def optimise(program: Program, level: int = 2, keep: tuple[str, ...] = ()) -> Program:
-    """The program at -O`level`; values named in `keep` keep a register of their own.
+def optimise(
+    program: Program, level: int = 2, keep: tuple[str, ...] = (), verified: bool = False
+) -> Program:
+    """The program at -O`level`; values named in `keep` keep a register of their own. `verified`
+    says that the program has been checked, as `assemble` does.
 
     OptionError when the level is unknown, ProgramError when a pass breaks a rule.
     """
     if level not in LEVELS:
         raise OptionError(f"optimisation level {level!r} is unknown; valid: {choices(LEVELS)}")
-    verify(program)
+    if not verified:
+        verify(program)
     for step in LEVELS[level]:
         program = place(program, keep) if step is place else verify(step(program))
     return program

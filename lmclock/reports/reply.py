@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lmclock.clock import Clock
 from lmclock.cycle import Cycle
 from lmclock.machines import Machine
+
+if TYPE_CHECKING:
+    from lmclock.clock import Clock
 
 
 class Clocked(Protocol):

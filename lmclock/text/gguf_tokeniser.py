@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmclock.errors import FileError, UnsupportedError, choices
+from lmclock.text.short_texts import ShortTexts
 from lmclock.text.specials import Special, Specials
 from lmclock.text.splits import split_named
 from lmclock.text.tokeniser import Tokeniser
@@ -83,12 +84,16 @@ class _Keys:
             raise FileError(f"{name} is {found!r:.60}; valid: {kind.__name__}")
         return found
 
+    def found(self, key: str) -> Any:
+        """What the file holds, unchecked; None if the key is missing."""
+        return self._metadata.get(f"tokenizer.ggml.{key}")
+
     def flag(self, key: str, default: bool) -> bool:
         return bool(self.value(key, bool, default))
 
     def array(self, key: str, *kinds: type, length: int | None = None) -> list[Any] | None:
         """One array as a list of `kinds`, of that length if one is given; None if missing."""
-        found = self._metadata.get(f"tokenizer.ggml.{key}")
+        found = self.found(key)
         if found is None:
             return None
         if isinstance(found, str | bytes) or not hasattr(found, "__len__"):
@@ -177,8 +182,8 @@ def _byte_level(
     from tokenizers import Regex, Tokenizer, pre_tokenizers
 
     split = split_named(keys.value("pre", str, "default"))
-    merges = keys.array("merges", str)
-    if merges is None:
+    listed = keys.found("merges")
+    if listed is None:
         raise FileError("tokenizer.ggml.merges is missing")
     bos = keys.token("bos_token_id", len(pieces))
     vocabulary = _vocabulary(
@@ -190,11 +195,21 @@ def _byte_level(
         add_bos=split.add_bos and bos is not None,
     )
     hidden = {pieces[token] for token in special}
-    tokenizer = Tokenizer(build_bpe(ids, _pairs(merges), hidden, ignore_merges=split.ignore_merges))
     stages = [pre_tokenizers.Split(Regex(stage), "isolated") for stage in split.stages]
     alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*stages, alphabet])
-    add_tokens(tokenizer, ((Special(token, pieces[token]), False) for token in sorted(user)))
+    words = pre_tokenizers.Sequence([*stages, alphabet])
+
+    def build() -> Tokenizer:
+        pairs = _pairs(keys.array("merges", str) or [])
+        tokenizer = Tokenizer(build_bpe(ids, pairs, hidden, ignore_merges=split.ignore_merges))
+        tokenizer.pre_tokenizer = words
+        add_tokens(tokenizer, ((Special(token, pieces[token]), False) for token in sorted(user)))
+        return tokenizer
+
+    if hasattr(listed, "find") and not user:  # the list lies in a file
+        short = ShortTexts(build, words, ids, hidden, listed, split.ignore_merges)
+        return Tokeniser(vocabulary, short, short)
+    tokenizer = build()
     return Tokeniser(vocabulary, tokenizer, tokenizer)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmclock.errors import OptionError
 from lmclock.text.detokenise import IncrementalDetokeniser
+from lmclock.text.short_texts import ShortTexts
 from lmclock.text.specials import Segment, Special
 from lmclock.text.template import Template
 from lmclock.text.vocabulary import SPELLINGS, Vocabulary, library_errors
@@ -55,7 +56,9 @@ class Tokeniser:
     differ where only the first word of a text gets a space before it.
     """
 
-    def __init__(self, vocabulary: Vocabulary, first: Tokenizer, later: Tokenizer) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, first: Tokenizer | ShortTexts, later: Tokenizer | ShortTexts
+    ) -> None:
         assert vocabulary.spelling in SPELLINGS
         self._vocabulary = vocabulary
         self._first, self._later = first, later
@@ -100,7 +103,9 @@ class Tokeniser:
         if not isinstance(text, str):
             raise OptionError(f"a text is a {type(text).__name__}; valid: text")
         with library_errors("this text cannot be encoded", OptionError):
-            found = self._first.encode(text, add_special_tokens=False)
+            first = self._first
+            library = first.library if isinstance(first, ShortTexts) else first
+            found = library.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
     def around(self, first: Sequence[int], second: Sequence[int] | None = None) -> Marked:
