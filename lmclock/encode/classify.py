@@ -114,12 +114,12 @@ def _entities(
     groups: list[tuple[str, list[int]]] = []
     last = ""
     for at, best in enumerate(scores.argmax(axis=1).tolist() if len(scores) else ()):
+        if characters[at][0] == characters[at][1]:
+            continue  # a space alone, of which byte-level vocabularies have tokens
         label = labels[best]
         kind = label[2:] if label[:2] in ("B-", "I-") else label
         if label != "O":
-            # A word's later pieces go with its first one, whatever B they may have.
-            inside = at > 0 and characters[at - 1][1] == characters[at][0]
-            if groups and last == kind and (not label.startswith("B-") or inside):
+            if groups and last == kind and not label.startswith("B-"):
                 groups[-1][1].append(at)
             else:
                 groups.append((kind, [at]))
