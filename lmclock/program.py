@@ -135,12 +135,19 @@ class Program:
 
     @cached_property
     def bytes_per_cycle(self) -> int:
-        """Weight bytes one cycle of `step` (else of the first section) must read once, tables
-        gathered by row excluded.
+        """Weight bytes a cycle of one row of `step` (else of the first section) must read once,
+        tables gathered by row excluded.
         """
         section = self.section("step") if self.has("step") else self.sections[0]
         used = {w for i in section.instructions if i.op != "embed" for w in i.all_weights()}
-        return sum(self.weight_table[name].bytes for name in used)
+        chosen = {i.outs[1]: i["top"] for i in section.instructions if i.op == "route"}
+        parts = {
+            w: chosen.get(i.ins[2], i["experts"]) / i["experts"]
+            for i in section.instructions
+            if i.op == "experts"
+            for w in i.weights
+        }
+        return round(sum(self.weight_table[name].bytes * parts.get(name, 1) for name in used))
 
     def types(self, section: str) -> dict[str, Type]:
         """The type of every value of a section, inputs included. ProgramError names the

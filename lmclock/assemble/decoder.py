@@ -17,8 +17,8 @@ from lmclock.assemble.blocks import (
     gated_feed_forward,
     logits,
 )
-from lmclock.assemble.edited import split, stacked, turn
-from lmclock.assemble.weights import same_bytes
+from lmclock.assemble.edited import split, split_experts, stacked, turn
+from lmclock.assemble.weights import same_bytes, whole
 from lmclock.config.decoder import DecoderConfig
 from lmclock.config.experts import Experts
 from lmclock.program import State
@@ -87,6 +87,13 @@ def _unpack(c: DecoderConfig, b: Builder, at: Place) -> None:
     if c.gated and c.fused == "stacked" and b.stored.has(both):
         pair = [(at.weight(name), hidden) for name in ("ffn_gate", "ffn_up")]
         split(b.stored, both, pair, c.width, "stacked", 1)
+    if c.experts and b.stored.has(at.weight("ffn_gate_up_exps")):
+        e, pair_of = c.experts, (at.weight("ffn_gate_exps"), at.weight("ffn_up_exps"))
+        split_experts(b.stored, at.weight("ffn_gate_up_exps"), pair_of, e.count, e.hidden, c.width)
+        down = (at.weight("ffn_down_exps"),)
+        split_experts(b.stored, at.weight("ffn_down_all"), down, e.count, c.width, e.hidden)
+        router = b.stored.tensor(at.weight("ffn_gate_inp_all"), (e.count, c.width))
+        b.stored.make(whole(at.weight("ffn_gate_inp"), router))
     if c.transposed:
         turn(b.stored, at.weight("attn_output"), c.width, c.heads * c.value)
         turn(b.stored, at.weight("ffn_up"), hidden, c.width)

@@ -4,6 +4,7 @@ turn(stored, name, ...)       a matrix stored (inputs, outputs), as GPT-2's Conv
 shift(stored, name, ...)      a norm's weights stored without the one that is added to them
 split(stored, name, ...)      q, k and v, or gate and up, of one tensor
 stacked(stored, name, ...)    all experts of a layer, one below the other
+split_experts(stored, ...)    gate and up of all experts in one tensor
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ def _picked(name: str, vector: Tensor, at: Array) -> View:
 
 def stacked(stored: Stored, name: str, count: int, rows: int, width: int) -> None:
     """Makes weight `name` of `count` experts: one tensor with an axis of experts, or one each."""
+    if name in stored.made:
+        return
     if stored.has(name):
         tensor = stored.tensor(name, (count, rows, width))
         parts = [Rows(tensor, 0, count * rows)]
@@ -138,3 +141,14 @@ def stacked(stored: Stored, name: str, count: int, rows: int, width: int) -> Non
         each = (stored.tensor(f"{name}.{e}", (rows, width)) for e in range(count))
         parts = [Rows(tensor, 0, rows) for tensor in each]
     stored.make(joined(name, parts))
+
+
+def split_experts(
+    stored: Stored, name: str, parts: Sequence[str], count: int, rows: int, width: int
+) -> None:
+    """Makes the weights `parts` of tensor `name`, which holds `rows` of each for every expert."""
+    step = len(parts) * rows
+    tensor = stored.tensor(name, (count, step, width))
+    for n, part in enumerate(parts):
+        starts = (expert * step + n * rows for expert in range(count))
+        stored.make(joined(part, (Rows(tensor, start, rows) for start in starts)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lmclock.assemble.decoder import build
+from lmclock.assemble.weights import Whole
 from lmclock.config.decoder import DecoderConfig
 
 __all__ = ["HARMLESS", "build", "names"]
@@ -33,6 +34,10 @@ NAMES = {
     "blk.{i}.ffn_gate_exps": "model.layers.{i}.mlp.experts.{e}.gate_proj",
     "blk.{i}.ffn_up_exps": "model.layers.{i}.mlp.experts.{e}.up_proj",
     "blk.{i}.ffn_down_exps": "model.layers.{i}.mlp.experts.{e}.down_proj",
+    # transformers 5, where it is told not to save files as they used to be
+    "blk.{i}.ffn_gate_up_exps": Whole("model.layers.{i}.mlp.experts.gate_up_proj"),
+    "blk.{i}.ffn_down_all": Whole("model.layers.{i}.mlp.experts.down_proj"),
+    "blk.{i}.ffn_gate_inp_all": "model.layers.{i}.mlp.gate",
     "blk.{i}.ffn_gate_inp_shexp": "model.layers.{i}.mlp.shared_expert_gate",
     "blk.{i}.ffn_gate_shexp": "model.layers.{i}.mlp.shared_expert.gate_proj",
     "blk.{i}.ffn_up_shexp": "model.layers.{i}.mlp.shared_expert.up_proj",
