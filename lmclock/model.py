@@ -220,9 +220,15 @@ class Model:
         return embed(self.encoder, texts, truncate)
 
     def classify(self, texts: Sequence[str], second: Sequence[str] | None = None) -> list[Classes]:
-        """Classes and scores of texts, or of pairs; entities and answers: encode/classify.py."""
+        """Classes and scores of texts, or of pairs; entities and answers: encode/classify.py. A net
+        of numbers takes rows of them, "0.5 2".
+        """
         from lmclock.encode.classify import classify
 
+        if self.config.family == "mlp":
+            from lmclock.encode.numbers import classify_numbers
+
+            return classify_numbers(self.engine, self.config, texts)
         return classify(self.encoder, texts, second)
 
     @cached_property
@@ -290,6 +296,8 @@ class TextStream:
     ) -> None:
         if model.closed:
             raise LmclockError("this model is closed; load it again")
+        if model.config.family == "mlp":
+            raise UnsupportedError(f"model {model.program.name!r} takes numbers; valid: classify")
         if not model.program.has("step"):
             raise UnsupportedError(
                 f"model {model.program.name!r} does not generate; valid: {model.encoder.use}"

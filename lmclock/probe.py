@@ -16,9 +16,10 @@ import numpy as np
 
 from lmclock.assemble import Assembled
 from lmclock.cycle import Cycle
+from lmclock.encode.numbers import number_input, rows_of
 from lmclock.engine import Request
-from lmclock.engine.facts import POSITIONS, TOKENS, read_facts
-from lmclock.errors import LmclockError, OptionError, UnsupportedError
+from lmclock.engine.facts import read_facts
+from lmclock.errors import LmclockError, UnsupportedError
 from lmclock.model import Model, sampling_of, tokenizer_of
 
 DEFAULT_PROMPT = "The clock of a processor is"
@@ -42,13 +43,13 @@ def work_of(assembled: Assembled, prompt: Prompt) -> Work:
     numbers.
     """
     facts = read_facts(assembled.program)
-    numbers = [i for i in facts.inputs if not i.ids and i.name not in TOKENS + POSITIONS]
+    numbers = number_input(facts)
     if numbers:
-        if len(numbers) > 1 or facts.encodes:
-            names = ", ".join(i.name for i in numbers)
-            raise UnsupportedError(f"a text cannot give the inputs {names} of this program")
-        x = _rows(prompt, numbers[0].width)
-        return Work([0] * len(x), inputs={numbers[0].name: x})
+        x = np.random.default_rng(0).standard_normal((ROWS, numbers.width)).astype(np.float32)
+        if prompt is not None:
+            lines = prompt.splitlines() if isinstance(prompt, str) else [" ".join(map(str, prompt))]
+            x = rows_of(lines, numbers.width)
+        return Work([0] * len(x), inputs={numbers.name: x})
     given = DEFAULT_PROMPT if prompt is None else prompt
     ids = tokenizer_of(assembled).encode(given) if isinstance(given, str) else [*given]
     if not facts.encodes:
@@ -57,24 +58,6 @@ def work_of(assembled: Assembled, prompt: Prompt) -> Work:
     if start is None:
         raise UnsupportedError("the files of this model do not say which token begins a target")
     return Work([start], ids)
-
-
-def _rows(text: str | Sequence[int] | None, width: int) -> np.ndarray:
-    """(rows, width) float32 of the numbers in a text."""
-    if text is None:
-        return np.random.default_rng(0).standard_normal((ROWS, width)).astype(np.float32)
-    lines = text.splitlines() if isinstance(text, str) else [" ".join(map(str, text))]
-    rows = []
-    for line in lines:
-        try:
-            rows.append([float(part) for part in line.replace(",", " ").split()])
-        except ValueError:
-            raise OptionError(
-                f"{line[:60]!r} does not hold numbers; valid: {width} a line"
-            ) from None
-        if len(rows[-1]) != width:
-            raise OptionError(f"{line[:60]!r} holds {len(rows[-1])} numbers; valid: {width} a line")
-    return np.array(rows, np.float32).reshape(-1, width)
 
 
 def probe(

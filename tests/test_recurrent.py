@@ -20,7 +20,7 @@ from lmclock import _native
 from lmclock.assemble import Assembled, assemble
 from lmclock.batch import Batch, Rows
 from lmclock.config import from_hf
-from lmclock.errors import FileError, UnsupportedError
+from lmclock.errors import FileError, OptionError, UnsupportedError
 from lmclock.machines import Capacity, create
 from lmclock.passes import optimise
 from lmclock.text import from_folder
@@ -272,6 +272,24 @@ def test_feed_forward(
     with torch.no_grad():
         want = module(torch.tensor(x)).numpy()
     near(encoded(made, machine, [4, 5], x=x), want)
+
+
+def test_rows_of_numbers_from_text(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 3))
+    saved(tmp_path, module, model_type="mlp", layer_sizes=[2, 5, 3], hidden_act="tanh",
+          id2label={"0": "a", "1": "b", "2": "c"})  # fmt: skip
+    with lmclock.load(str(tmp_path), threads=1) as model:
+        found = model.classify(["1 0", "0.5, -2e0"])
+        wrong = {"1 x": "'1 x' does not hold numbers", "1": "'1' is no row",
+                 "nan 1": "2 finite numbers", "1 2\n3 4": "is no row"}  # fmt: skip
+        for text, message in wrong.items():
+            with pytest.raises(OptionError, match=message):
+                model.classify([text])
+    with torch.no_grad():
+        want = torch.softmax(module(torch.tensor([[1.0, 0.0], [0.5, -2.0]])), 1).numpy()
+    for result, scores in zip(found, want, strict=True):
+        assert result.label == "abc"[int(scores.argmax())]
+        np.testing.assert_allclose(result.scores, np.sort(scores)[::-1], atol=TOLERANCE)
 
 
 def test_the_net_of_the_article_number_by_number(tmp_path: Path) -> None:

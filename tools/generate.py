@@ -1,4 +1,5 @@
-"""Writes what is made from the tables and the commands: native/isa.h, docs/isa.md and docs/cli.md.
+"""Writes what is made from the tables and the commands: native/isa.h, docs/isa.md, docs/cli.md, and
+the code shown in docs/families.md.
 `--check` fails when one is stale.
 
 python tools/generate.py            write
@@ -101,7 +102,17 @@ def cli_page() -> str:
     return "\n".join([*lines, ""])
 
 
-PAGES = {"native/isa.h": header, "docs/isa.md": isa_page, "docs/cli.md": cli_page}
+def families_page() -> str:
+    """docs/families.md with the shortest family as it is."""
+    page = (ROOT / "docs" / "families.md").read_text()
+    shown = (ROOT / "lmclock" / "assemble" / "mlp.py").read_text()
+    before, begin, rest = page.partition("<!-- mlp -->\n")
+    _, end, after = rest.partition("<!-- /mlp -->")
+    return f"{before}{begin}```python\n{shown}```\n{end}{after}"
+
+
+PAGES = {"native/isa.h": header, "docs/isa.md": isa_page, "docs/cli.md": cli_page,
+         "docs/families.md": families_page}  # fmt: skip
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmclock.cli import options
+from lmclock.config.mlp import MlpConfig
 from lmclock.encode.classify import answer, tag
 from lmclock.errors import OptionError
 
@@ -55,7 +56,8 @@ def _found(
     model: Model, texts: list[str], question: str | None, second: str | None, top: int
 ) -> list[dict[str, Any]]:
     """Per text, {"classes": ...}, {"entities": ...} or {"answers": ...}."""
-    head = model.encoder.config.head
+    takes_numbers = isinstance(model.config, MlpConfig)
+    head = "sequence" if takes_numbers else model.encoder.config.head
     if (question is not None) != (head == "answer"):
         valid = "with --question" if head == "answer" else "without --question"
         raise OptionError(f"this model has a head for {head!r}; valid: {valid}")

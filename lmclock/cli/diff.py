@@ -88,16 +88,17 @@ def _print(
     worst: int,
 ) -> None:
     def row(*cells: object) -> None:
-        click.echo("{:>8}  {:>8}  {:>5}  {:>6}  {}".format(*cells))
+        click.echo("{:>8}  {:>8}  {:>5}  {:>7}  {:>6}  {}".format(*cells))
 
     click.echo(f"{first} against {second}, {len(found)} results, the worst {worst}:")
-    row("NMSE", "largest", "cycle", "number", "instruction")
+    row("NMSE", "largest", "cycle", "section", "number", "instruction")
     for d in sorted(found, key=lambda d: -d.nmse)[:worst]:
-        row(f"{d.nmse:.1e}", f"{d.largest:.1e}", d.cycle, d.number, d.text)
+        row(f"{d.nmse:.1e}", f"{d.largest:.1e}", d.cycle, d.section, d.number, d.text)
     if diverged is None:
         click.echo(f"no instruction diverges (NMSE <= {tolerance:g})")
         return
     click.echo(
-        f"first to diverge: cycle {diverged.cycle}, instruction {diverged.number}, value "
-        f"{diverged.value}, NMSE {diverged.nmse:.1e} > {tolerance:g}: {diverged.text}"
+        f"first to diverge: cycle {diverged.cycle}, {diverged.section} instruction "
+        f"{diverged.number}, value {diverged.value}, NMSE {diverged.nmse:.1e} > {tolerance:g}: "
+        f"{diverged.text}"
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmclock.config.common import MAX_LAYERS, ModelConfig, refuse_other_uses
-from lmclock.config.recurrent import HARMLESS, check_module, labels_of
+from lmclock.config.recurrent import HARMLESS, check_module, labels_of, scores_of
 from lmclock.errors import FileError, choices
 from lmclock.fields import MOST, Fields
 
@@ -43,6 +43,7 @@ class MlpConfig(ModelConfig):
     sizes: tuple[int, ...]
     acts: tuple[str, ...]
     bias: bool
+    scores: str  # softmax, sigmoid or none: what makes scores of the outputs
     labels: tuple[str, ...]
     modules: tuple[str, ...]
 
@@ -62,15 +63,17 @@ def from_hf(f: Fields, model: str, name: str) -> MlpConfig:
             raise f.wrong("layer_sizes", size, f"integers from 1 to {MOST}")
     hidden = _each(f, "hidden_act", layers - 1, "relu")
     last = f.text("output_act", "none", ACTIVATIONS)
-    labels = labels_of(f) if f.has("id2label") or f.has("num_labels") else ()
-    if labels and len(labels) != sizes[-1]:
+    named = f.has("id2label") or f.has("num_labels")
+    labels = labels_of(f) if named else tuple(f"OUTPUT_{n}" for n in range(sizes[-1]))
+    scores = scores_of(f, "single_label_classification" if named else "regression")
+    if len(labels) != sizes[-1]:
         raise FileError(
             f"{f.where}: {len(labels)} labels, but layer_sizes ends with {sizes[-1]} outputs"
         )
     return MlpConfig(
         family=row.family, model=model, source="hf", name=name, vocab=0, context=0,
         sizes=tuple(sizes), acts=tuple(ACTIVATIONS[act] for act in (*hidden, last)),
-        bias=f.flag("bias", True), labels=labels, modules=_modules(f, layers),
+        bias=f.flag("bias", True), scores=scores, labels=labels, modules=_modules(f, layers),
         notes=f.rest(HARMLESS, f"model_type {model}"),
     )  # fmt: skip
 

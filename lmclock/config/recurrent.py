@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmclock.config.common import MAX_LAYERS, ModelConfig, refuse_other_uses
+from lmclock.config.encoder import SCORES
 from lmclock.config.sentence import Sentence
 from lmclock.errors import FileError, choices
 from lmclock.fields import Fields, shown
@@ -93,18 +94,21 @@ def from_hf(f: Fields, model: str, name: str) -> LstmConfig:
 
 
 def _head(f: Fields) -> dict[str, Any]:
-    """What only a classifier may say. Scores are made by softmax, by sigmoid where labels do not
-    exclude each other, by nothing for a regression.
-    """
-    kinds = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid",
-             "regression": "none"}  # fmt: skip
+    """What only a classifier may say."""
     return {
         "head": "sequence",
-        "scores": kinds[f.text("problem_type", "single_label_classification", kinds)],
+        "scores": scores_of(f, "single_label_classification"),
         "bidirectional": f.flag("bidirectional", False),
         "pooling": f.text("pooling", "last", POOLINGS),
         "labels": labels_of(f),
     }
+
+
+def scores_of(f: Fields, default: str) -> str:
+    """What makes scores of logits: softmax, a sigmoid for each where labels do not exclude each
+    other, nothing for a regression.
+    """
+    return SCORES[f.text("problem_type", default, SCORES)]
 
 
 def labels_of(f: Fields) -> tuple[str, ...]:
