@@ -64,7 +64,7 @@ class RecordedMachine:
     def load(self, weights: Any, sections: Any, states: Any, sizes: Any) -> None:
         self.core.load(weights, sections, states, sizes)
         fields: list[Any] = [len(weights)]
-        for _, code, rows, width, data, content in weights:
+        for _, code, rows, width, data, content, *_ in weights:
             fields += [code, rows, width, data, content]
         fields += [len(sections), *itertools.chain(*sections)]
         self.note(LOAD, *fields, len(states), *itertools.chain(*states), *sizes)
