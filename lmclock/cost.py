@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lmclock.batch import Batch
-from lmclock.isa import Instruction, Type, expand
+from lmclock.isa import ROUNDED_ROWS, Instruction, Type, expand
 from lmclock.program import Program, State
 
 ACTIVATION_BYTES = 4  # registers hold f32
@@ -235,7 +235,8 @@ def _attend(i: Instruction, b: Bound) -> Cost:
     per, width = _state_bytes(i, b)
     seen, distinct = b.visible(i)
     both = width // kv_heads  # dk + dv
-    flops = {"f32": float(seen * heads * (2 * both + 5))}
+    rounded = i["act"] == "bf16" and b.longest(i.ins[0]) >= ROUNDED_ROWS
+    flops = {"bf16" if rounded else "f32": float(seen * heads * (2 * both + 5))}
     return Cost(flops, b.weight_bytes(*i.all_weights()), distinct * width * per,
                 _moved(b, i.ins[0], i.outs[0]))  # fmt: skip
 

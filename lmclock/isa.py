@@ -43,6 +43,8 @@ class Attr:
     meaning: str = ""
 
 
+ROUNDED_ROWS = 16  # rows of a sequence in a cycle from which attend act=bf16 may round
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "tanh", "sigmoid", "softcap")
 ATTRS: dict[str, Attr] = {
     row.name: row
@@ -53,7 +55,8 @@ ATTRS: dict[str, Attr] = {
             "enum",
             "none",
             ("none", "q8_32", "bf16"),
-            "rounding of the input row before the product",
+            "rounding of the input row before the product; attend: bf16 lets a machine round to 16 "
+            "bits where a sequence has many rows",
         ),
         Attr("bias", "weight", None, (), "added to every output row"),
         Attr("bias_k", "weight", None, (), "bias of the second product"),
@@ -240,7 +243,8 @@ def expand(i: Instruction) -> tuple[Instruction, ...]:
 
 _N = ("norm", "norm_kind", "norm_bias", "eps")
 _GATES = ("silu", "gelu", "gelu_tanh", "relu")
-_ATTEND = ("heads", "kv_heads", "mask", "window", "qk_scale", "softcap", "rel_bias", "max_distance")
+_MASKS = ("mask", "window", "qk_scale", "softcap", "rel_bias", "max_distance")
+_ATTEND = ("act", "heads", "kv_heads", *_MASKS)
 _ROPE = ("heads", "dims", "pairs", "base", "freqs", "scale")
 _T: tuple[tuple[Any, ...], ...] = (
     # name, outs, ins, weights, state, attrs, kinds, shape rule, meaning

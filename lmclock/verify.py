@@ -135,6 +135,8 @@ def _add_fits(s: _Scope) -> bool:
 
 def _rounding_fits(s: _Scope) -> bool:
     act = s.i["act"] if "act" in s.i.row.attrs else "none"
+    if s.i.op == "attend":
+        return act != "q8_32"
     inner = s.outs[0].width if s.i.op == "lstm" else 0  # its state is rounded too
     return act != "q8_32" or (s.known[s.i.ins[0]].width % 32 == 0 and inner % 32 == 0)
 
@@ -184,7 +186,7 @@ OPERAND_RULES = (
 TYPE_RULES = (
     (_add_fits, "add= differs from the result in rows or width"),
     (_state_width_fits, "the lstm's state must be 2 x hidden wide"),
-    (_rounding_fits, "act=q8_32 needs a width that is a multiple of 32"),
+    (_rounding_fits, "act=q8_32 needs a product, and a width that is a multiple of 32"),
     (lambda s: s.bias_sizes(), "a bias has not as many elements as its product has outputs"),
     (
         lambda s: (

@@ -5,7 +5,7 @@
 // (decoding), blocks are shared out too: each gives a partial result in shared memory, and after a
 // barrier the partials of a tile are merged in order. Both ways do the same arithmetic.
 
-#include "cache.h"
+#include "attend_plan.h"
 
 namespace lmclock::LMCLOCK_PATH {
 
@@ -13,91 +13,13 @@ namespace {
 
 // From here on lanes are queries: below, half of them or more would be idle.
 constexpr int kManyQueries = 9;
-// Tiles per thread from which the last one is not worth splitting into blocks.
-constexpr int64_t kTiles = 4;
-
-struct Plan {
-  int group, tile_rows;  // query heads of a key head; rows of a tile
-  int64_t kv_heads, key, value, value_padded;
-  int32_t window;
-  bool causal;
-  const Value *q, *k, *v, *y;  // k, v: null with a state
-  const State* state;
-  const PageTable* table;
-  const SpaceRows *rows, *key_rows;
-  float *packed_keys, *packed_values;  // plain keys and values as a page would hold them
-  float* partials;
-  int64_t partial_floats;  // of one block
-};
-
-// One sequence as a tile sees it.
-struct Sequence {
-  int64_t number;
-  const int32_t *live, *at;  // its valid rows and their positions
-  int64_t rows;
-  const int32_t* key_at;     // plain keys: their positions
-  int64_t keys;
-  int64_t tiles;             // of one head
-};
-
-Sequence sequence_of(const Plan& p, int64_t s) {
-  const SpaceRows& r = *p.rows;
-  const int64_t first = r.live_starts[s];
-  Sequence q = {s, r.live + first, r.live_positions + first, r.live_starts[s + 1] - first, nullptr,
-                0, 0};
-  if (q.rows == 0) return q;
-  if (!p.state) {
-    const SpaceRows& k = *p.key_rows;
-    q.keys = k.live_starts[s + 1] - k.live_starts[s];
-    q.key_at = k.live_positions + k.live_starts[s];
-  } else if (p.state->frozen) {
-    q.keys = p.table->lengths[s];
-  } else {
-    q.keys = q.at[q.rows - 1] + 1;
-  }
-  q.tiles = (q.rows + p.tile_rows - 1) / p.tile_rows;
-  return q;
-}
-
-// How many keys stand at positions up to `limit`.
-int64_t keys_up_to(const Plan& p, const Sequence& s, int64_t limit) {
-  if (p.state) return larger(0, smaller(limit + 1, s.keys));
-  int64_t a = 0, b = s.keys;
-  while (a < b) {
-    const int64_t middle = (a + b) / 2;
-    if (s.key_at[middle] <= limit) a = middle + 1;
-    else b = middle;
-  }
-  return a;
-}
-
-// Keys [first, last) that row number n of the sequence sees.
-Share visible(const Plan& p, const Sequence& s, int64_t n) {
-  const int64_t high = p.causal ? keys_up_to(p, s, s.at[n]) : s.keys;
-  const int64_t low = p.window ? keys_up_to(p, s, s.at[n] - p.window) : 0;
-  return {smaller(low, high), high};
-}
-
-// Rows [first, last) of a tile, counted within the sequence, and the blocks and keys they see.
-struct Span {
-  int64_t first, last;
-  int64_t block, blocks_end;
-  int64_t keys_end;
-};
-
-Span span_of(const Plan& p, const Sequence& s, int64_t tile) {
-  Span span = {tile * p.tile_rows, smaller((tile + 1) * p.tile_rows, s.rows), 0, 0, 0};
-  span.block = visible(p, s, span.first).first / kPositions;
-  span.keys_end = visible(p, s, span.last - 1).last;
-  span.blocks_end = larger(span.block, (span.keys_end + kPositions - 1) / kPositions);
-  return span;
-}
 
 void fill_tile(const Frame& f, const isa::Instruction& i, const Plan& p, const Sequence& s,
                int64_t h, const Span& span, float* memory, Tile& t) {
   t.queries = static_cast<int>(span.last - span.first) * p.group;
   t.padded = (t.queries + 15) / 16 * 16;
-  t.many = t.queries >= kManyQueries;
+  t.rounded = s.rounded;
+  t.many = s.rounded || t.queries >= kManyQueries;
   t.key = static_cast<int>(p.key);
   t.value = static_cast<int>(p.value);
   t.value_padded = static_cast<int>(p.value_padded);
@@ -118,11 +40,6 @@ void fill_tile(const Frame& f, const isa::Instruction& i, const Plan& p, const S
     t.at[q] = s.at[n];
   }
   begin_tile(t);
-}
-
-// The first packed group of a sequence: room for a partly filled group of each one before.
-int64_t packed_group(const SpaceRows& keys, int64_t s) {
-  return keys.live_starts[s] / kGroup + s;
 }
 
 void find_packed(const Plan& p, const Sequence& s, int64_t h, Block& b) {
@@ -203,37 +120,6 @@ Block find_block(const Plan& p, const Sequence& s, int64_t h, const Span& span, 
   return b;
 }
 
-Plan plan_of(const Frame& f, const isa::Instruction& i) {
-  Plan p = {};
-  p.q = &f.values[i.ins[0]];
-  p.y = &f.values[i.outs[0]];
-  p.rows = &rows_of(f, *p.q);
-  p.kv_heads = i.kv_heads ? i.kv_heads : i.heads;
-  p.group = static_cast<int>(i.heads / p.kv_heads);
-  p.tile_rows = p.group < kTileQueries ? static_cast<int>(kTileQueries) / p.group : 1;
-  p.key = p.q->width / i.heads;
-  p.value = p.y->width / i.heads;
-  p.value_padded = (p.value + 15) / 16 * 16;
-  p.window = i.window;
-  p.causal = i.mask == static_cast<int32_t>(isa::Mask::causal);
-  p.partials = f.shared;
-  if (i.state >= 0) {
-    p.state = &f.states[i.state];
-    p.table = &f.tables[p.state->declared];
-  } else {
-    p.k = &f.values[i.ins[1]];
-    p.v = &f.values[i.ins[2]];
-    p.key_rows = &rows_of(f, *p.k);
-    const int64_t floats = (packed_group(*p.key_rows, f.sequences) + 1) * p.kv_heads * kGroup;
-    p.packed_keys = f.shared;
-    p.packed_values = f.shared + floats * p.key;
-    p.partials = p.packed_values + floats * p.value_padded;
-  }
-  const int64_t padded = (p.tile_rows * p.group + 15) / 16 * 16;
-  p.partial_floats = 2 * padded + padded * p.value_padded;
-  return p;
-}
-
 // Plain keys and values into groups of 16, as a page would hold them in f32.
 void pack_plain(const Frame& f, const Worker& w, const Plan& p) {
   const SpaceRows& k = *p.key_rows;
@@ -278,8 +164,36 @@ void finish_tile(const Plan& p, const Sequence& s, int64_t h, const Span& span, 
   }
 }
 
+// Several tiles of neighbouring rows, which read a block once it is converted.
+void rounded_tiles(const Frame& f, const isa::Instruction& i, const Worker& w, const Plan& p,
+                   const Sequence& s, int64_t unit, int64_t h) {
+  const Span all = span_of(p, s, unit);
+  const int64_t floats = tile_floats(p.tile_rows * p.group, p.key, p.value);
+  Tile t[kTogether];
+  Span span[kTogether];
+  int tiles = 0;
+  for (int64_t row = all.first; row < all.last; row += p.tile_rows, ++tiles) {
+    Tile& own = t[tiles];
+    span[tiles] = span_of_rows(p, s, row, smaller(p.tile_rows, all.last - row));
+    fill_tile(f, i, p, s, h, span[tiles], w.tile + tiles * floats, own);
+    own.scores = t[0].scores, own.keys = t[0].keys, own.values = t[0].values;
+    own.block = t[0].block;
+  }
+  for (int64_t n = all.block; n < all.blocks_end; ++n) {
+    Block b = find_block(p, s, h, all, n, t[0]);
+    pair_block(t[0], b);
+    for (int k = 0; k < tiles; ++k) {
+      if (n < span[k].block || n >= span[k].blocks_end) continue;
+      b.count = static_cast<int>(smaller(kPositions, span[k].keys_end - b.first));
+      attend_rounded(t[k], b);
+    }
+  }
+  for (int k = 0; k < tiles; ++k) finish_tile(p, s, h, span[k], t[k]);
+}
+
 void whole_tile(const Frame& f, const isa::Instruction& i, const Worker& w, const Plan& p,
                 const Sequence& s, int64_t tile, int64_t h) {
+  if (s.rounded) return rounded_tiles(f, i, w, p, s, tile, h);
   const Span span = span_of(p, s, tile);
   Tile t;
   ask_for_keys(p, s, h, span.block * kPositions);
@@ -299,14 +213,16 @@ struct Sizes {
 Sizes sizes_of(const Frame& f, const Plan& p) {
   Sizes n = {};
   int64_t most = 0;
+  bool rounded = false;
   for_tiles(f, p, [&](const Sequence& s, int64_t tile, int64_t, int64_t) {
     const Span span = span_of(p, s, tile);
+    rounded |= s.rounded;
     ++n.tiles;
     n.blocks += span.blocks_end - span.block;
     most = larger(most, span.blocks_end - span.block);
   });
   const int64_t room = f.shared_floats - (p.partials - f.shared);
-  n.shared_out = f.threads > 1 && most * kTiles * f.threads > n.blocks &&
+  n.shared_out = f.threads > 1 && !rounded && most * kTiles * f.threads > n.blocks &&
                  n.blocks * p.partial_floats <= room && n.tiles <= kMerges;
   return n;
 }

@@ -1,6 +1,9 @@
 // A tile of queries against a block of keys, and the merging of blocks; see attention.h.
 
 #include "attention_kernels.h"
+#if defined(LM_HAS_PAIRS)
+#include "attention_rounded.h"
+#endif
 
 namespace lmclock::LMCLOCK_PATH {
 
@@ -67,6 +70,35 @@ Block widen(const Tile& t, const Block& b) {
 
 }  // namespace
 
+#if defined(LM_HAS_PAIRS)
+bool rounds_attention() { return bf16_dots_fast; }
+
+void begin_rounded(const Tile& t) { pair_queries(t); }
+
+void pair_block(const Tile& t, const Block& b) {
+  if (b.half) pair_all<uint16_t>(t, b);
+  else pair_all<float>(t, b);
+}
+
+void attend_rounded(Tile& t, const Block& b) {
+  constexpr float kLog2E = 0x1.715476p0f;
+  const bool plain = t.softcap == 0.0f && !t.bias.table && t.scale > 0.0f;
+  for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA { score_block<v.value>(t, b.count, q); });
+  if (!plain) prepare_scores(t, b);
+  for (int q = 0; q < t.padded; q += 16) {
+    mask_queries(t, b, q);
+    soften_pairs(t, b.count, splat(plain ? t.scale * kLog2E : kLog2E), q);
+  }
+  for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA { weigh_block<v.value>(t, b.count, q); });
+}
+
+#else  // attend.cc asks before it calls them
+bool rounds_attention() { return false; }
+void begin_rounded(const Tile&) {}
+void pair_block(const Tile&, const Block&) {}
+void attend_rounded(Tile&, const Block&) {}
+#endif
+
 int64_t partial_floats(const Tile& t) {
   return 2 * t.padded + int64_t{t.padded} * t.value_padded;
 }
@@ -100,6 +132,7 @@ void begin_tile(Tile& t) {
   std::memset(t.sum.o, 0, 4 * static_cast<size_t>(t.padded) * static_cast<size_t>(t.value_padded));
   for (int q = 0; q < t.padded && !t.many; ++q) t.block.m[q] = t.sum.m[q], t.block.l[q] = 0.0f;
   if (!t.many) return;
+  if (t.rounded) return begin_rounded(t);
   for (int d = 0; d < t.key; ++d)
     for (int q = 0; q < t.padded; ++q)
       t.turned[d * t.padded + q] = q < t.queries ? t.q[q][d] : 0.0f;

@@ -13,6 +13,10 @@ namespace lmclock::LMCLOCK_PATH {
 
 constexpr int kGroups = static_cast<int>(kPositions) / kGroup;
 
+// act=bf16 (attention_rounded.h) has another order, which does not depend on the tile either: an
+// output is one chain over all positions, rescaled where a block raises the maximum. Which sequences
+// are computed so depends on their rows in the cycle, so chunks change the bits, company does not.
+
 // Keys and values of up to 64 positions of one head. Groups past the last position are not read.
 struct Block {
   const void* key[kGroups];    // (dim, 16 positions)
@@ -36,6 +40,7 @@ struct Partial {
 struct Tile {
   int queries, padded;            // padded to a multiple of 16
   bool many;                      // lanes are queries
+  bool rounded;                   // by pairs of 16 bits, straight into `sum`
   int key, value, value_padded;   // elements of a head
   float scale, softcap;
   const float** q;                // (queries)
@@ -57,6 +62,14 @@ void place_tile(Tile& t, float* memory);
 void begin_tile(Tile& t);                               // before the first block
 void attend_block(Tile& t, const Block& b, Partial out);
 void merge_block(Tile& t, const Partial& block);
+
+// Rounded tiles, where this path and processor gain by them: a block's keys and values become pairs
+// of 16 bits in t.keys and t.values, from where any tile of the same head attends to it.
+bool rounds_attention();
+void begin_rounded(const Tile& t);
+void pair_block(const Tile& t, const Block& b);
+void attend_rounded(Tile& t, const Block& b);
+
 void finish_query(const Tile& t, int query, float* y);  // the output row of one query
 
 }  // namespace lmclock::LMCLOCK_PATH

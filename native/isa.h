@@ -119,6 +119,8 @@ enum class GluKind : int32_t {
   relu = 3,
 };
 
+constexpr int kRoundedRows = 16;  // see lmclock/isa.py
+
 struct Instruction {
   int32_t op;
   int32_t outs[3];

@@ -286,7 +286,8 @@ void Machine::reserve(const Section& section, const isa::Instruction& i) {
       const int64_t kv_heads = i.kv_heads ? i.kv_heads : i.heads, group = i.heads / kv_heads;
       const int64_t key = value(i.ins[0]).width / i.heads, v = value(i.outs[0]).width / i.heads;
       const int64_t queries = std::max(group, kTileQueries / group * group);
-      need_.tile = std::max(need_.tile, tile_floats(queries, key, v));
+      const int64_t tiles = i.act == static_cast<int32_t>(isa::Act::bf16) ? kTogether : 1;
+      need_.tile = std::max(need_.tile, tiles * tile_floats(queries, key, v));
       const int64_t groups = rows / kGroup + sequences + 2;
       const int64_t plain = groups * kGroup * kv_heads * (key + round_up(v, 16));
       shared((i.state < 0 ? plain : 0) + kPartialFloats);

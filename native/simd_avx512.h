@@ -145,6 +145,27 @@ LM_INLINE void dot_group(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* 
   dot_group_from<0, 0>(sums, g, x);
 }
 
+// a in the low halves, b in the high ones, rounded to bf16; subnormals become zero.
+#define LM_HAS_PAIRS
+LM_INLINE i32x16 pair_bf16(f32x16 a, f32x16 b) {
+  alignas(64) static constexpr uint16_t kTurns[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v));
+  return {_mm512_permutexvar_epi16(_mm512_load_si512(kTurns), both)};
+}
+
+// The same for integers that fit 16 bits, and their products: acc + x[0] a[0] + x[1] a[1].
+LM_INLINE i32x16 pair_i16(i32x16 a, i32x16 b) {
+  return {_mm512_mask_blend_epi16(0xaaaaaaaa, a.v, _mm512_slli_epi32(b.v, 16))};
+}
+LM_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, const void* x) {
+  asm("vpdpwssd %2%{1to16%}, %1, %0"
+      : "+v"(acc.v)
+      : "v"(a.v), "m"(*static_cast<const int32_t*>(x)));
+  return acc;
+}
+
 #define LM_HAS_REDUCE
 LM_INLINE __m256 high(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
 LM_INLINE __m256i high(__m512i x) { return _mm512_extracti64x4_epi64(x, 1); }

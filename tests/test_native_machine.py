@@ -480,3 +480,60 @@ def test_format_codes_are_shared() -> None:
     code = "import lmclock.machines.native, sys; print('lmclock.machines.array' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# --- attention that may round (act=bf16): values within 16 bits, and bits that company leaves alone
+
+ROUNDED = 2e-5  # a mean square: values and weights of 8 bits are off by 0.2 % each
+
+
+@pytest.mark.parametrize("page_size", [5, 16, 64])
+@pytest.mark.parametrize("form", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize(
+    "heads", [(6, 2, 64, 32), (2, 2, 32, 96), (20, 1, 32, 32), (3, 1, 128, 64)]
+)
+def test_rounded_attend_over_pages(
+    heads: tuple[int, int, int, int], form: str, page_size: int
+) -> None:
+    program = paged(heads, "act=bf16", form)
+    batches = [
+        batch(program, cuts, paged_inputs(program, sum(c for _, c in cuts), 10 * n), page_size)
+        for n, cuts in enumerate(CUTS)
+    ]
+    same(program, batches, (1, 3), tolerance=ROUNDED)
+
+
+@pytest.mark.parametrize("heads", [(3, 3, 1, 1), (4, 2, 7, 3), (2, 1, 33, 17)])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_rounded_attend_at_odd_widths(heads: tuple[int, int, int, int], options: str) -> None:
+    program = paged(heads, f"act=bf16 {options}", "f16")
+    batches = [batch(program, cuts, paged_inputs(program, sum(c for _, c in cuts), 10 * n),
+                     padding=[1] if n == 0 else []) for n, cuts in enumerate(CUTS)]  # fmt: skip
+    same(program, batches, (1, 3), tolerance=ROUNDED)
+    h, g, key, value = heads
+    q, k, v = (numbers(84, h * key), numbers(84, g * key, seed=1), numbers(84, g * value, seed=2))
+    program = inputs_program(f"attend y, q, k, v   heads={h} kv_heads={g} act=bf16 {options}",
+                             q=q, k=k, v=v)  # fmt: skip
+    b = batch(program, [(3, 4), (0, 70), (0, 10)], {"q": q, "k": k, "v": v}, padding=(2, 3, 40))
+    same(program, [b], (1, 3), tolerance=ROUNDED)
+
+
+def test_rounded_attend_has_the_same_bits_in_any_company() -> None:
+    """A prompt alone, beside a decoding and a longer sequence, on other pages and threads."""
+    program = paged((6, 2, 64, 64), "act=bf16", "f16")
+    inputs = paged_inputs(program, 200, 0)
+    found = []
+    for threads, page_size, spans in (
+        (1, 64, [(0, 70)]),
+        (2, 64, [(0, 70), (0, 1), (0, 100)]),
+        (3, 16, [(0, 70), (0, 129)]),
+    ):
+        machine = create("native", threads=threads)
+        machine.load(program, {}, capacity(program, page_size, rows=256))
+        rows = sum(count for _, count in spans)
+        machine.bind(batch(program, spans, {k: x[:rows] for k, x in inputs.items()}, page_size))
+        machine.run("step")
+        found.append(machine.read("y")[:70].copy())
+        machine.close()
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])

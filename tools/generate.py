@@ -15,7 +15,7 @@ from typing import Any
 from lmclock import cli
 from lmclock.batch import ADJUST, SAMPLING
 from lmclock.formats import FORMATS
-from lmclock.isa import ATTRS, OPCODES, SPACE_MEANING, SPACES, Opcode
+from lmclock.isa import ATTRS, OPCODES, ROUNDED_ROWS, SPACE_MEANING, SPACES, Opcode
 from lmclock.program import encoded_fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,7 @@ def header() -> str:
     } | {f"{row.name.title()}Kind": row.kinds for row in OPCODES.values() if row.kinds}
     for name, members in enums.items():
         lines += enum(name, [(member, k) for k, member in enumerate(members)])
+    lines += [f"constexpr int kRoundedRows = {ROUNDED_ROWS};  // see lmclock/isa.py", ""]
     lines += record("Instruction", [*encoded_fields()])
     for name, dtype in (("Sampling", SAMPLING), ("Adjust", ADJUST)):
         lines += record(name, [(f, str(dtype[f]), 1) for f in dtype.names or ()])

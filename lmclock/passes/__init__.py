@@ -3,7 +3,8 @@ after each.
 
     -O0  as assembled: one core instruction for each step of the arithmetic
     -O1  fused: fewer instructions, the same numbers
-    -O2  fused and rounded: activations to int8 per 32 where the weights are quantised
+    -O2  fused and rounded: activations to int8 per 32 where the weights are quantised, attention of
+         many rows to bf16 unless the program is to be invariant
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from lmclock.errors import OptionError, choices
 from lmclock.passes.fuse import fuse
 from lmclock.passes.place import place
-from lmclock.passes.round import round_activations
+from lmclock.passes.round import round_activations, round_attention
 from lmclock.program import Program
 from lmclock.verify import verify
 
@@ -21,15 +22,21 @@ Pass = Callable[[Program], Program]
 LEVELS: dict[int, tuple[Pass, ...]] = {
     0: (place,),
     1: (fuse, place),
-    2: (round_activations, fuse, place),
+    2: (round_activations, round_attention, fuse, place),
 }
+VARIANT = (round_attention,)  # after which the chunks of a prompt matter to its bits
 
 
 def optimise(
-    program: Program, level: int = 2, keep: tuple[str, ...] = (), verified: bool = False
+    program: Program,
+    level: int = 2,
+    keep: tuple[str, ...] = (),
+    verified: bool = False,
+    invariant: bool = False,
 ) -> Program:
     """The program at -O`level`; values named in `keep` keep a register of their own. `verified`
-    says that the program has been checked, as `assemble` does.
+    says that the program has been checked, as `assemble` does. `invariant` leaves out what makes
+    the bits of a row depend on the chunks of its prompt.
 
     OptionError when the level is unknown, ProgramError when a pass breaks a rule.
     """
@@ -38,8 +45,10 @@ def optimise(
     if not verified:
         verify(program)
     for step in LEVELS[level]:
+        if invariant and step in VARIANT:
+            continue
         program = place(program, keep) if step is place else verify(step(program))
     return program
 
 
-__all__ = ["LEVELS", "fuse", "optimise", "place", "round_activations"]
+__all__ = ["LEVELS", "fuse", "optimise", "place", "round_activations", "round_attention"]

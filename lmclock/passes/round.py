@@ -1,7 +1,11 @@
-"""`round_activations`: which products round their input row, and how.
+"""`round_activations` and `round_attention`: which instructions round what they read, and how.
 
 Quantised weights meet activations rounded to int8 per 32 elements (act=q8_32), so that the product
 is an integer dot product. Rounding is part of the program: every machine does the same.
+
+Attention may round to bf16 where a sequence has many rows in a cycle (act=bf16), for processors
+that multiply bf16 twice as fast. How long the chunks of a prompt are then matters to its bits, so
+a program that must be invariant goes without; a machine that gains nothing computes in f32.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ def round_activations(program: Program) -> Program:
     """A copy whose products over quantised weights have act=q8_32; others stay as they are."""
 
     def rounded(i: Instruction) -> Instruction:
-        if "act" not in i.row.attrs or i["act"] != "none":
+        if not i.weights or "act" not in i.row.attrs or i["act"] != "none":
             return i
         weights = [program.weight_table[name] for name in i.weights]
         quantised = all(w.format not in FLOAT_FORMATS for w in weights)
@@ -28,6 +32,21 @@ def round_activations(program: Program) -> Program:
 
     sections = tuple(
         # Training keeps exact activations: a rounded one has no useful gradient.
+        s if s.name == "train" else Section(s.name, tuple(rounded(i) for i in s.instructions))
+        for s in program.sections
+    )
+    return replace(program, sections=sections, registers=())
+
+
+def round_attention(program: Program) -> Program:
+    """A copy whose attention has act=bf16, `train` apart."""
+
+    def rounded(i: Instruction) -> Instruction:
+        if i.op != "attend":
+            return i
+        return make(i.op, i.outs, i.ins, i.weights, i.state, **{**dict(i.attrs), "act": "bf16"})
+
+    sections = tuple(
         s if s.name == "train" else Section(s.name, tuple(rounded(i) for i in s.instructions))
         for s in program.sections
     )
