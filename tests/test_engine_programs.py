@@ -159,7 +159,7 @@ def logits_of(of: Engine, crowd: bool) -> list[np.ndarray]:
 def test_bits_do_not_depend_on_company_chunks_paging_or_threads(cache: str) -> None:
     """Alone in one piece with one thread, and in every other way, on the fast path."""
     program = llama(width=128, ffn=96, formats=("q8_0", "q4_0", "f32"), cache=cache)
-    program = optimise(verify(program), 2)
+    program = optimise(verify(program), 2, invariant=True)
     weights = random_weights(program)
     found = []
     for threads, chunk, page_size, tokens, crowd in (
