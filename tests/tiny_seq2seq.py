@@ -62,6 +62,13 @@ def random_model(case: str, seed: int = 3) -> Any:
     config = CONFIGS[case]()
     config._attn_implementation = "eager"
     model = getattr(transformers, KINDS[config.model_type])(config).eval().float()
+    fill(model)
+    return model
+
+
+def fill(model: Any) -> None:
+    """Weights that keep activations and logits near one."""
+    config = model.config
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "embed_positions" in name and config.model_type == "marian":
@@ -71,7 +78,6 @@ def random_model(case: str, seed: int = 3) -> Any:
             model.shared.weight.mul_(config.d_model**0.5)
         if hasattr(model, "final_logits_bias"):
             model.final_logits_bias.copy_(0.3 * torch.randn_like(model.final_logits_bias))
-    return model
 
 
 def _draw(name: str, weight: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from lmclock.assemble.weights import same_bytes
 from lmclock.config.t5 import T5Config
 from lmclock.program import State
 
-_ATTENTION = {"q": "q", "k": "k", "v": "v", "output": "o", "rel_b": "relative_attention_bias"}
+_ATTENTION = {"q": "q", "k": "k", "v": "v", "output": "o"}
 # Copies of the shared embedding; the cross-attention of old files has a table nobody reads.
 HARMLESS = (
     r"^(en|de)coder\.embed_tokens\.weight$|^lm_head\.weight$"
@@ -36,6 +36,9 @@ def names(c: T5Config) -> Mapping[str, str]:
     found = {"token_embd": "shared", "output": "lm_head"}
     for ours, side, last in (("enc", "encoder", 1), ("dec", "decoder", 2)):
         found[f"{ours}.output_norm"] = f"{side}.final_layer_norm"
+        # The first layer's table is that of all: without its number the layers look alike.
+        table = "block.0.layer.0.SelfAttention.relative_attention_bias"
+        found[f"{ours}.attn_rel_b"] = f"{side}.{table}"
         layer = f"{side}.block.{{i}}.layer"
         blocks = {"attn": (0, "SelfAttention"), "cross_attn": (1, "EncDecAttention")}
         for kind, (number, module) in blocks.items():
@@ -85,7 +88,7 @@ def _block(
     c: T5Config, b: Builder, side: str = "", mask: str = "full", state: str | None = None
 ) -> Attention:
     """Self-attention of one side, or cross-attention, which knows no positions."""
-    table = b.weight(f"{side}.blk.0.attn_rel_b", c.buckets, c.heads) if side else None
+    table = b.weight(f"{side}.attn_rel_b", c.buckets, c.heads) if side else None
     return Attention(
         c.width, c.heads, c.heads, c.key, c.key, state, mask=mask, qk_scale=1.0,
         rel_bias=table, max_distance=c.max_distance if table else None,

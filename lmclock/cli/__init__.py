@@ -20,11 +20,11 @@ from lmclock.errors import LmclockError, choices
 
 VERBS = {
     "run": "generate text, or chat",
-    "translate": "texts through a model with an encoder, by beam search",
     "stat": "where the time goes, like perf stat",
     "trace": "write a trace that Perfetto opens",
     "embed": "one vector for each text",
     "classify": "classes of texts, entities in them, answers to questions",
+    "translate": "texts through a model with an encoder, by beam search",
     "disasm": "print a model as a program",
     "diff": "run two machines in lockstep and compare",
     "bench": "prefill and decode speed, in llama-bench's columns",

@@ -61,6 +61,10 @@ class PieceEncoder:
         ids = [self.ids.get(piece, self.unknown) for piece in pieces]
         return Encoded(found + ids, [(0, 0)] * len(found) + encoding.offsets)
 
+    def token_to_id(self, piece: str) -> int | None:
+        """As the library has it."""
+        return self.ids.get(piece)
+
 
 def _unigram(model: SentencePiece) -> Tokenizer:
     """The library's model over the pieces that a text may reach."""

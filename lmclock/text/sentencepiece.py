@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-
-import numpy as np
 
 from lmclock.errors import FileError, UnsupportedError
 from lmclock.text.vocabulary import MAX_TOKENS, SPACE
 
-MAX_RULES = 1 << 20  # of a character map; NFKC with case folding has about 2^16
 NORMAL, UNKNOWN, CONTROL, USER, BYTE, UNUSED = range(1, 7)  # kinds of pieces
 UNIGRAM = 1  # of trainer_spec.model_type
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # wire types
@@ -29,7 +25,9 @@ _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # wire types
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """One file. `charsmap` is what the file holds, `rules` text -> what it becomes."""
+    """One file. `charsmap` holds the rules of its normalising: `trie` finds them, in `texts` is
+    what they make, each with a zero byte behind it.
+    """
 
     pieces: tuple[str, ...]
     scores: tuple[float, ...]
@@ -37,6 +35,8 @@ class SentencePiece:
     kind: int  # of the model: UNIGRAM or another
     byte_fallback: bool
     charsmap: bytes
+    trie: Sequence[int]
+    texts: bytes
     dummy_prefix: bool
     squeeze: bool  # runs of spaces, and those around a text
 
@@ -45,38 +45,47 @@ class SentencePiece:
         """The id of the piece for unknown text."""
         return self.kinds.index(UNKNOWN)
 
-    @cached_property
-    def rules(self) -> dict[str, str]:
-        return _rules(self.charsmap)
-
-    @cached_property
-    def _first(self) -> tuple[re.Pattern[str] | None, dict[str, list[int]]]:
-        """Characters that begin a rule, and the lengths of such rules, the longest first."""
-        lengths: dict[str, set[int]] = {}
-        for text in self.rules:
-            lengths.setdefault(text[0], set()).add(len(text))
-        if not lengths:
-            return None, {}
-        found = re.compile(f"[{''.join(map(re.escape, lengths))}]")
-        return found, {first: sorted(sizes, reverse=True) for first, sizes in lengths.items()}
-
     def mapped(self, text: str) -> str:
         """The text with the longest rule applied at each place, from left to right."""
-        pattern, lengths = self._first
-        if pattern is None:
+        if not self.trie:
             return text
-        parts, begin = [], 0
-        for hit in pattern.finditer(text):
-            at = hit.start()
-            if at < begin:
-                continue
-            for size in lengths[hit[0]]:
-                found = self.rules.get(text[at : at + size])
-                if found is not None:
-                    parts += [text[begin:at], found]
-                    begin = at + size
-                    break
-        return "".join([*parts, text[begin:]])
+        data, out, at = text.encode(), bytearray(), 0
+        while at < len(data):
+            size, found = self._longest(data, at)
+            if found is None:
+                first = data[at]
+                size = 1 if first < 0x80 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+                found = data[at : at + size]
+            out += found
+            at += size
+        try:
+            return out.decode()
+        except UnicodeDecodeError:
+            raise FileError("precompiled_charsmap holds a rule that is not UTF-8") from None
+
+    def _longest(self, data: bytes, at: int) -> tuple[int, bytes | None]:
+        """(bytes it covers, what it makes of them) of the longest rule that fits; None without one.
+
+        The trie is a double array of 32-bit units: bits 0..7 the label (bit 31: none), 8 whether a
+        value hangs here, 9 and 10..30 where the children are, relative to the unit.
+        """
+        units, size, value = self.trie, 0, -1
+        unit = units[0]
+        node = unit >> 10 << (unit >> 6 & 8)
+        for length in range(1, len(data) - at + 1):
+            node ^= data[at + length - 1]
+            unit = units[node] if node < len(units) else -1
+            if unit & 0x800000FF != data[at + length - 1]:
+                break
+            node ^= unit >> 10 << (unit >> 6 & 8)
+            if unit & 0x100:
+                size, value = length, units[node] & 0x7FFFFFFF if node < len(units) else -1
+        if not size:
+            return 0, None
+        end = self.texts.find(b"\0", value) if value >= 0 else -1
+        if end < 0:
+            raise FileError("precompiled_charsmap points outside itself")
+        return size, self.texts[value:end]
 
     def normalise(self, text: str) -> str:
         """What the model cuts into pieces: rules applied, spaces as U+2581, one before the text."""
@@ -112,10 +121,11 @@ def read(data: bytes) -> SentencePiece:
         raise FileError(f"{len(pieces)} pieces, {kinds.count(UNKNOWN)} of them for unknown text")
     if trainer.get(24, 0) or not normaliser.get(5, 1):
         raise UnsupportedError("spaces behind words, or spaces that stay, are not supported")
+    charsmap = _message(normaliser.get(2, b""), "precompiled_charsmap")
     return SentencePiece(
         tuple(pieces), tuple(scores), tuple(kinds), int(trainer.get(3, UNIGRAM)),
-        bool(trainer.get(35, 0)), _message(normaliser.get(2, b""), "precompiled_charsmap"),
-        bool(normaliser.get(3, 1)), bool(normaliser.get(4, 1)),
+        bool(trainer.get(35, 0)), charsmap, *_rules(charsmap), bool(normaliser.get(3, 1)),
+        bool(normaliser.get(4, 1)),
     )  # fmt: skip
 
 
@@ -175,50 +185,11 @@ def _float(value: int | bytes) -> float:
     return score
 
 
-def _rules(charsmap: bytes) -> dict[str, str]:
-    """Every key of the map's trie and its text. The trie is a double array of 32-bit units: bits
-    0..7 the label (with bit 31), 8 whether a value hangs here, 9 and 10..30 the offset.
-    """
+def _rules(charsmap: bytes) -> tuple[list[int], bytes]:
+    """The units of the map's trie, and its texts."""
     if not charsmap:
-        return {}
+        return [], b""
     size = struct.unpack_from("<I", charsmap)[0] if len(charsmap) >= 4 else -1
     if size % 4 or not 0 < size <= len(charsmap) - 4:
-        raise FileError(
-            f"precompiled_charsmap has a trie of {size} bytes, and {len(charsmap)} in all"
-        )
-    units = np.frombuffer(charsmap, "<u4", size // 4, 4).astype(np.int64)
-    texts = charsmap[4 + size :]
-    found: dict[bytes, bytes] = {}
-    # A unit at p bears its label c where its parent's children begin at p ^ c.
-    labels = units & 0x800000FF
-    at = np.flatnonzero((labels > 0) & (labels < 256))
-    at = at[np.argsort(at ^ labels[at], kind="stable")]
-    parents = at ^ labels[at]
-    keys, nodes = [b""], _offset(units[:1])  # of each key, and where its children begin
-    while keys:
-        first = np.searchsorted(parents, nodes)
-        counts = np.searchsorted(parents, nodes, "right") - first
-        rows = np.repeat(np.arange(len(keys)), counts)
-        inner = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        child = at[first[rows] + inner]
-        pairs = zip(rows.tolist(), labels[child].tolist(), strict=True)
-        keys = [keys[row] + bytes((label,)) for row, label in pairs]
-        below, nodes = units[child], child ^ _offset(units[child])
-        for n in np.flatnonzero(below >> 8 & 1):
-            if nodes[n] >= len(units) or len(found) >= MAX_RULES:
-                raise FileError("precompiled_charsmap points outside itself")
-            start = int(units[nodes[n]]) & 0x7FFFFFFF
-            end = texts.find(b"\0", start)
-            if end < 0:
-                raise FileError("precompiled_charsmap points outside itself")
-            found[keys[n]] = texts[start:end]
-        if len(keys) > MAX_RULES or (keys and len(keys[0]) > 64):
-            raise FileError("precompiled_charsmap has more rules than sense, or longer ones")
-    try:
-        return {key.decode(): text.decode() for key, text in found.items()}
-    except UnicodeDecodeError:
-        raise FileError("precompiled_charsmap holds a rule that is not UTF-8") from None
-
-
-def _offset(units: np.ndarray) -> np.ndarray:
-    return np.asarray((units >> 10 & 0x1FFFFF) << ((units & 0x200) >> 6))
+        raise FileError(f"precompiled_charsmap: a trie of {size} bytes, {len(charsmap)} in all")
+    return list(struct.unpack_from(f"<{size // 4}I", charsmap, 4)), charsmap[4 + size :]
