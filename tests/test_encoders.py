@@ -99,7 +99,7 @@ def reference(model: Any) -> list[np.ndarray]:
 
 def delivered(model: Assembled, machine: dict[str, Any], want: str, level: int = 1) -> list[Any]:
     """Per text, the rows of a value that the engine hands out; all texts run at once."""
-    program = optimise(model.program, level, keep=(want,))
+    program = optimise(model.program, level, keep=(want,), invariant=True)
     capacity = capacity_for(program, sequences=len(TEXTS), chunk=64)
     with_types = any(i.name == "types" for i in program.inputs)
     options = {key: value for key, value in machine.items() if key != "name"}

@@ -122,7 +122,8 @@ def quantised(model: Assembled, form: str, level: int) -> Assembled:
         fmt = form if matrix else "f32"
         weights[w.name] = stored(w.name, model.weights[w.name].unpack(), fmt)
         declared.append(replace(w, format=fmt))
-    program = optimise(replace(model.program, weights=tuple(declared)), level)
+    plain = replace(model.program, weights=tuple(declared))
+    program = optimise(plain, level, invariant=True)
     return replace(model, program=program, weights=weights)
 
 

@@ -53,11 +53,11 @@ class Loading:
         _tell(model.assembled)
         return model
 
-    def program(self) -> tuple[Assembled, Program]:
+    def program(self, invariant: bool = False) -> tuple[Assembled, Program]:
         """What the model's files say, and its optimised program; no machine is needed."""
         assembled = read(self.name, self.cache, self.weights)
         _tell(assembled)
-        return assembled, optimise(assembled.program, self.level)
+        return assembled, optimise(assembled.program, self.level, invariant=invariant)
 
 
 def _tell(assembled: Assembled) -> None:

@@ -3,9 +3,10 @@
 Quantised weights meet activations rounded to int8 per 32 elements (act=q8_32), so that the product
 is an integer dot product. Rounding is part of the program: every machine does the same.
 
-Attention may round to bf16 where a sequence has many rows in a cycle (act=bf16), for processors
-that multiply bf16 twice as fast. How long the chunks of a prompt are then matters to its bits, so
-a program that must be invariant goes without; a machine that gains nothing computes in f32.
+Attention of a program that rounds its products may round too, where a sequence has many rows in a
+cycle (act=bf16): a permission, for processors that multiply 16-bit pairs twice as fast. How long
+the chunks of a prompt are then matters to its bits, so a program that must be invariant goes
+without; a machine that gains nothing computes in f32. A model of float weights keeps its precision.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def round_activations(program: Program) -> Program:
 
 
 def round_attention(program: Program) -> Program:
-    """A copy whose attention has act=bf16, `train` apart."""
+    """A copy whose attention has act=bf16, where products are rounded; `train` apart."""
+    every = [i for section in program.sections for i in section.instructions]
+    if not any("act" in i.row.attrs and i["act"] == "q8_32" for i in every):
+        return program
 
     def rounded(i: Instruction) -> Instruction:
         if i.op != "attend":
