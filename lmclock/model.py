@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from lmclock.translate import Translation, Translator
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-BURST = 16  # cycles of a reply that nobody reads while it comes: see engine/burst.py
+BURST = 32  # cycles of a reply that nobody reads while it comes: see engine/burst.py
 LISTING = ".lmc"  # ending of a program written by hand
 
 

@@ -21,7 +21,9 @@ Found = tuple[dict[int, list[Event]], list[Cycle]]
 
 
 @pytest.fixture
-def engine() -> Engine:
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    # However slow the machine is now: how many cycles fit is not for these tests.
+    monkeypatch.setattr("lmclock.engine.LONGEST", 1e6)
     program = tiny.llama(vocab=VOCABULARY)
     machine = create("native", threads=2)
     capacity = capacity_for(program, sequences=4, tokens=512, chunk=32, page_size=16)

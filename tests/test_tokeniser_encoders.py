@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import BertTokenizerFast, RobertaTokenizerFast
+from transformers import BertTokenizerFast
 
 from lmclock.errors import FileError, OptionError
 from lmclock.text import Tokeniser, from_folder, from_gguf
@@ -70,12 +71,12 @@ def write_bert(folder: Path, **config: Any) -> Any:
     return BertTokenizerFast.from_pretrained(folder)
 
 
-def write_roberta(folder: Path, **config: Any) -> Any:
+def write_roberta(folder: Path, kind: str = "Roberta", **config: Any) -> Any:
     train("roberta").model.save(str(folder))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "RobertaTokenizer", **config})
+        json.dumps({"tokenizer_class": f"{kind}Tokenizer", **config})
     )
-    return RobertaTokenizerFast.from_pretrained(folder)
+    return getattr(transformers, f"{kind}TokenizerFast").from_pretrained(folder)
 
 
 WRITERS = {
@@ -85,6 +86,7 @@ WRITERS = {
         folder, tokenize_chinese_chars=False, strip_accents=False
     ),
     "roberta": lambda folder: write_roberta(folder),
+    "bart": lambda folder: write_roberta(folder, "Bart"),
     "roberta-space": lambda folder: write_roberta(folder, add_prefix_space=True),
 }
 

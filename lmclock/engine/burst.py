@@ -12,7 +12,7 @@ records say so (`kept`), nothing of them is committed, and other sequences compu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,12 +25,14 @@ from lmclock.engine.request import Event
 from lmclock.engine.write_back import Outcome, write_back
 from lmclock.machines import Feed, Machine, Ticks
 
-LONGEST = 0.05  # seconds: so long may a caller wait before it can cancel
+LONGEST = 0.1  # seconds: so long may a caller wait before it can cancel
 
 
 def burst_length(plan: Plan, scheduler: Scheduler, facts: Facts, most: int) -> int:
     """How many cycles may follow each other from this plan on, up to `most`."""
     if most < 2 or scheduler.waiting or scheduler.suspects or facts.fixed or facts.encodes:
+        return 1
+    if facts.routed[facts.main]:  # a record says which experts its routers chose
         return 1
     if facts.next is None or any(i.name not in TOKENS + POSITIONS for i in facts.inputs):
         return 1
@@ -58,7 +60,7 @@ class Burst:
     """Cycles that ran in one call, on their way to be written back one after the other."""
 
     plan: Plan
-    batch: Batch  # of the next cycle to be written back
+    batch: Batch  # of the first cycle
     ticks: list[Ticks]
     tokens: np.ndarray  # (cycles, sequences)
     events: list[Event] = field(default_factory=list)
@@ -77,9 +79,9 @@ class Burst:
         """
         nothing = np.zeros(len(self.plan.spans), bool)
         over = False  # a sink has ended a sequence before this cycle
-        for n, (ticks, tokens) in enumerate(zip(self.ticks, self.tokens, strict=True)):
+        batches = _batches(self.batch, self.tokens, facts)
+        for n, (ticks, tokens) in enumerate(zip(self.ticks, self.tokens.tolist(), strict=True)):
             if n:
-                self.batch = _following(self.batch, self.tokens[n - 1], facts)
                 begin = fetched = self.ticks[n - 1].end
                 decoded = ticks.begin
             if over:
@@ -87,10 +89,10 @@ class Burst:
                 outcome = Outcome(decode_rows=rows, decoding=[True] * rows)
             else:
                 plan = _later(self.plan, n)
-                outcome = write_back(plan, tokens.tolist(), {}, facts, cache)
+                outcome = write_back(plan, tokens, {}, facts, cache)
                 self.events += outcome.events
             yield Cycle(
-                number + n, self.batch, (Run(facts.main, ticks),),
+                number + n, batches[n], (Run(facts.main, ticks),),
                 (begin, fetched, decoded, ticks.end, ticks.end), outcome.prompt_rows,
                 outcome.decode_rows, outcome.retired, tuple(outcome.decoding),
                 nothing if over else None,
@@ -98,17 +100,33 @@ class Burst:
             over |= any(event.finish for event in outcome.events)
 
 
-def _following(batch: Batch, tokens: np.ndarray, facts: Facts) -> Batch:
-    """The batch of the cycle after `batch`, in which `tokens` were sampled."""
-    old = batch.rows[facts.space]
-    rows = Rows(old.starts, old.positions + np.int32(1), old.valid)
-    inputs = {
-        i.name: tokens[:, None] if i.name in TOKENS else rows.positions[:, None]
-        for i in facts.inputs
-    }
-    sampling = batch.sampling.copy()
-    sampling["draw"] += (sampling["temperature"] != 0).astype(np.uint64)  # greedy rows draw nothing
-    return replace(batch, rows={facts.space: rows}, inputs=inputs, sampling=sampling)
+def _batches(first: Batch, tokens: np.ndarray, facts: Facts) -> list[Batch]:
+    """The batch of each cycle: `first`, and those in which the tokens of the one before run. Their
+    arrays are rows of a few made for all, because each array function finds the caches cold.
+    """
+    old, cycles = first.rows[facts.space], len(tokens)
+    steps = np.arange(cycles, dtype=np.int32)
+    positions = old.positions + steps[:, None]
+    sampling = [first.sampling] * cycles
+    drawing = first.sampling["temperature"] != 0  # greedy rows draw nothing
+    if drawing.any():
+        every = np.repeat(first.sampling[None], cycles, axis=0)
+        every["draw"] += (steps[:, None] * drawing).astype(np.uint64)
+        sampling = list(every)
+    batches = [first]
+    for n in range(1, cycles):
+        inputs = {
+            i.name: (tokens[n - 1] if i.name in TOKENS else positions[n])[:, None]
+            for i in facts.inputs
+        }
+        rows = {facts.space: Rows(old.starts, positions[n], old.valid)}
+        batches.append(
+            Batch(
+                rows, inputs, first.slots, first.pages, first.lengths, first.page_size,
+                first.pick, sampling[n], first.adjust,
+            )
+        )  # fmt: skip
+    return batches
 
 
 def _later(plan: Plan, cycles: int) -> Plan:
