@@ -18,6 +18,7 @@ import tiny_gguf
 from measured import limits
 
 from lmclock import cli
+from lmclock.errors import choices
 from lmclock.hardware.calibrate import cache_file, save
 from lmclock.listing import parse
 from lmclock.model import TextStream
@@ -209,8 +210,8 @@ def test_pull_of_a_path_and_help(lmclock: Command) -> None:
 A = "--machine array -p hi"
 MISTAKES: list[tuple[str, int, str]] = [
     # what is typed, exit code, what is said
-    ("rnu", 2, "there is no verb 'rnu' (did you mean 'run'?); valid: run, "),
-    ("frobnicate", 2, "there is no verb 'frobnicate'; valid: run, "),
+    ("rnu", 2, f"there is no verb 'rnu' (did you mean 'run'?); valid: {choices(cli.VERBS)}"),
+    ("frobnicate", 2, f"there is no verb 'frobnicate'; valid: {choices(cli.VERBS)}"),
     ("run --tmep 1", 2, "No such option '--tmep'."),
     ("run a b -p hi", 2, "unexpected extra argument"),
     ("run a -m b -p hi", 2, "two models are named, 'a' and 'b'; give one"),
