@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from bench.common import MODEL, Skipped, transformers_model
 from lmclock import settings
 from lmclock.files.pull import pull
@@ -35,17 +37,19 @@ def folder() -> Path:
 def _made(name: str, make: Callable[[Path], None]) -> Path:
     """The path of `name`, made under another name first so that half a file is never found."""
     path = folder() / name
-    if not path.exists():
-        part = folder() / f"{os.getpid()}.{name}"
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            make(part)
-        except BaseException:
-            if part.is_dir():
-                shutil.rmtree(part)
-            part.unlink(missing_ok=True)
-            raise
-        part.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Workers of two engines may ask for the same one at the same time.
+    with FileLock(path.with_name(f"{name}.lock")):
+        if not path.exists():
+            part = path.with_name(f"{os.getpid()}.{name}")
+            try:
+                make(part)
+            except BaseException:
+                if part.is_dir():
+                    shutil.rmtree(part)
+                part.unlink(missing_ok=True)
+                raise
+            part.replace(path)
     return path
 
 
