@@ -43,6 +43,54 @@ LM_INLINE void round_q8_block(const float* x, Q8Block* out) {
   out->unused[0] = out->unused[1] = 0;
 }
 
+#if defined(LM_HAS_QUARTERS)
+// Each of the 4 lanes of a quarter: all lanes of that quarter of one vector, combined.
+template <class F>
+LM_INLINE i32x16 combine_quarters(i32x16 (&x)[4], F&& combine) {
+  turn_quarters(x);
+  return combine(combine(x[0], x[1]), combine(x[2], x[3]));
+}
+
+// Eight blocks at once, the same bits. Lane j of quarters 0 and 1 belongs to block j, of quarters 2
+// and 3 to block 4 + j.
+LM_INLINE void round_q8_blocks(const float* x, Q8Block* out) {
+  const auto larger = [](i32x16 a, i32x16 b) LM_LAMBDA { return max_i(a, b); };
+  const auto add = [](i32x16 a, i32x16 b) LM_LAMBDA { return a + b; };
+  i32x16 m[2][4], sums[4];
+  unroll<8>([&](auto i) LM_LAMBDA {
+    const i32x16 mask = splat_i(0x7fffffff);
+    const i32x16 a = as_i32(load(x + 32 * i)), b = as_i32(load(x + 32 * i + 16));
+    m[i / 4][i % 4] = max_i(a & mask, b & mask);
+  });
+  i32x16 most = combine_quarters(m[0], larger), other = combine_quarters(m[1], larger);
+  most = max_i(low_halves(most, other), high_halves(most, other));
+  const f32x16 amax = as_f32(max_i(most, swap_quarters(most)));
+  if (!all(amax < splat(__builtin_inff()))) {
+    for (int i = 0; i < 8; ++i) round_q8_block(x + 32 * i, out + i);
+    return;
+  }
+  const f32x16 d = amax / splat(127.0f);
+  const f32x16 inverse = select(d < splat(0x1p-126f), splat(0.0f), splat(1.0f) / d);
+  alignas(64) float factors[16];
+  store(factors, inverse);
+  unroll<4>([&](auto j) LM_LAMBDA {
+    const float *low = x + 32 * j, *high = low + 128;
+    const f32x16 f = splat(factors[j]), g = splat(factors[8 + j]);
+    const i32x16 codes = pack_i8(round_i(load(low) * f), round_i(load(low + 16) * f),
+                                 round_i(load(high) * g), round_i(load(high + 16) * g));
+    store_halves(out[j].q, out[4 + j].q, codes);
+    sums[j] = sum_bytes(codes);
+  });
+  const i32x16 half = combine_quarters(sums, add), rest = swap_quarters(half), sum = half + rest;
+  const i32x16 minus = splat_i(0);
+  i32x16 fields[4] = {alternate(as_i32(d), minus - shl<5>(rest)),
+                      alternate(as_i32(d * to_f32(sum)), minus - shl<5>(half)),
+                      alternate(minus - shl<3>(sum), minus), alternate(minus - shl<7>(sum), minus)};
+  turn_quarters(fields);
+  unroll<4>([&](auto j) LM_LAMBDA { store_halves(&out[j].d, &out[4 + j].d, fields[j]); });
+}
+#endif
+
 void round_bf16(const float* x, int64_t width, int64_t k0, int64_t k1, uint16_t* out) {
   int64_t k = k0;
   for (; k + 16 <= k1; k += 16) store_u16(out + k, to_bf16(load(x + k)));
@@ -62,7 +110,12 @@ void round_row(Act act, const float* x, int64_t width, int64_t k0, int64_t k1, v
   if (act == Act::bf16) round_bf16(x, width, k0, k1, reinterpret_cast<uint16_t*>(out));
   if (act != Act::q8_32) return;
   Q8Block* blocks = static_cast<Q8Block*>(record);
-  for (int64_t k = k0; k < k1; k += kRoundBlock) round_q8_block(x + k, blocks + k / kRoundBlock);
+  int64_t k = k0;
+#if defined(LM_HAS_QUARTERS)
+  for (; k + 8 * kRoundBlock <= k1; k += 8 * kRoundBlock)
+    round_q8_blocks(x + k, blocks + k / kRoundBlock);
+#endif
+  for (; k < k1; k += kRoundBlock) round_q8_block(x + k, blocks + k / kRoundBlock);
 }
 
 void activations_f32(Act act, const uint8_t* x, int64_t k0, int64_t n, float* out) {

@@ -51,6 +51,7 @@ LM_INLINE mask16 operator==(f32x16 a, f32x16 b) {
 LM_INLINE mask16 operator<(f32x16 a, f32x16 b) {
   return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
 }
+LM_INLINE bool all(mask16 m) { return m.v == 0xffff; }
 LM_INLINE f32x16 select(mask16 m, f32x16 a, f32x16 b) {
   return {_mm512_mask_blend_ps(m.v, b.v, a.v)};
 }
@@ -180,6 +181,38 @@ LM_INLINE int32_t reduce_add(i32x16 x) {
 }
 LM_INLINE int32_t reduce_max(i32x16 x) {
   return reduce_max_8(_mm256_max_epi32(_mm512_castsi512_si256(x.v), high(x.v)));
+}
+
+// Between the quarters of 4 lanes. Lane i of quarter q of x[j] becomes lane j of quarter q of x[i].
+#define LM_HAS_QUARTERS
+LM_INLINE void turn_quarters(i32x16 (&x)[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(x[0].v, x[1].v), b = _mm512_unpacklo_epi32(x[2].v, x[3].v);
+  const __m512i c = _mm512_unpackhi_epi32(x[0].v, x[1].v), d = _mm512_unpackhi_epi32(x[2].v, x[3].v);
+  x[0].v = _mm512_unpacklo_epi64(a, b);
+  x[1].v = _mm512_unpackhi_epi64(a, b);
+  x[2].v = _mm512_unpacklo_epi64(c, d);
+  x[3].v = _mm512_unpackhi_epi64(c, d);
+}
+// Quarters a0 a1 b0 b1; a2 a3 b2 b3; those of x as 1 0 3 2; a0 b1 a2 b3.
+LM_INLINE i32x16 low_halves(i32x16 a, i32x16 b) { return {_mm512_shuffle_i64x2(a.v, b.v, 0x44)}; }
+LM_INLINE i32x16 high_halves(i32x16 a, i32x16 b) { return {_mm512_shuffle_i64x2(a.v, b.v, 0xee)}; }
+LM_INLINE i32x16 swap_quarters(i32x16 x) { return {_mm512_shuffle_i64x2(x.v, x.v, 0xb1)}; }
+LM_INLINE i32x16 alternate(i32x16 a, i32x16 b) {
+  return {_mm512_mask_blend_epi32(0xf0f0, a.v, b.v)};
+}
+LM_INLINE void store_halves(void* low, void* high, i32x16 x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(low), _mm512_castsi512_si256(x.v));
+  _mm256_storeu_si256(static_cast<__m256i*>(high), _mm512_extracti64x4_epi64(x.v, 1));
+}
+// The lanes of a, b, c and d as signed bytes, in this order.
+LM_INLINE i32x16 pack_i8(i32x16 a, i32x16 b, i32x16 c, i32x16 d) {
+  const __m512i ab = _mm512_packs_epi32(a.v, b.v), cd = _mm512_packs_epi32(c.v, d.v);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return {_mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd))};
+}
+// Each lane: the sum of its four signed bytes.
+LM_INLINE i32x16 sum_bytes(i32x16 x) {
+  return {_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), x.v)};
 }
 
 // acc + x[0] a[0] + x[1] a[1] for pairs of bf16; x one pair for all lanes.
