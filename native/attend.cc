@@ -158,9 +158,14 @@ void ask_for_keys(const Plan& p, const Sequence& s, int64_t h, int64_t position,
 }
 
 void finish_tile(const Plan& p, const Sequence& s, int64_t h, const Span& span, const Tile& t) {
-  for (int q = 0; q < t.queries; ++q) {
-    float* y = p.y->row(s.live[span.first + q / p.group]);
-    finish_query(t, q, y + (h * p.group + q % p.group) * p.value);
+  for (int first = 0; first < t.queries; first += kGroup) {
+    float* y[kGroup];
+    const int count = static_cast<int>(smaller(kGroup, t.queries - first));
+    for (int q = 0; q < count; ++q) {
+      const int64_t n = first + q;
+      y[q] = p.y->row(s.live[span.first + n / p.group]) + (h * p.group + n % p.group) * p.value;
+    }
+    finish_queries(t, first, count, y);
   }
 }
 

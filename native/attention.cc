@@ -73,7 +73,11 @@ Block widen(const Tile& t, const Block& b) {
 #if defined(LM_HAS_PAIRS)
 bool rounds_attention() { return bf16_dots_fast; }
 
-void begin_rounded(const Tile& t) { pair_queries(t); }
+void begin_rounded(const Tile& t) {
+  for (int q = 0; q < t.padded; q += 16)
+    pair_elements(t.turned + q, t.padded, t.key, reinterpret_cast<int32_t*>(t.turned) + q,
+                  query_scales(t) + q);
+}
 
 void pair_block(const Tile& t, const Block& b) {
   if (b.half) pair_all<uint16_t>(t, b);
@@ -85,10 +89,10 @@ void attend_rounded(Tile& t, const Block& b) {
   const bool plain = t.softcap == 0.0f && !t.bias.table && t.scale > 0.0f;
   for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA { score_block<v.value>(t, b.count, q); });
   if (!plain) prepare_scores(t, b);
-  for (int q = 0; q < t.padded; q += 16) {
-    mask_queries(t, b, q);
-    soften_pairs(t, b.count, splat(plain ? t.scale * kLog2E : kLog2E), q);
-  }
+  for (int q = 0; q < t.padded; q += 16) mask_queries(t, b, q);
+  for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA {
+    soften_pairs<v.value>(t, b.count, splat(plain ? t.scale * kLog2E : kLog2E), q);
+  });
   for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA { weigh_block<v.value>(t, b.count, q); });
 }
 
@@ -127,15 +131,34 @@ void place_tile(Tile& t, float* memory) {
   t.q = reinterpret_cast<const float**>(take(2 * t.padded));
 }
 
+namespace {
+
+// Queries of a tile from rows to lanes: (key, padded).
+void turn_queries(const Tile& t) {
+  for (int q = 0; q < t.padded; q += 16)
+    for (int d = 0; d < t.key; d += 16) {
+      i32x16 x[16];
+      unroll<16>([&](auto j) LM_LAMBDA {
+        const bool there = q + j < t.queries;
+        x[j] = there ? as_i32(load_part(t.q[q + j] + d, t.key - d)) : splat_i(0);
+      });
+      turn(x);
+      float* to = t.turned + d * t.padded + q;
+      unroll<16>([&](auto i) LM_LAMBDA {
+        if (d + i < t.key) store(to + i * t.padded, as_f32(x[i]));
+      });
+    }
+}
+
+}  // namespace
+
 void begin_tile(Tile& t) {
   for (int q = 0; q < t.padded; ++q) t.sum.m[q] = -__builtin_inff(), t.sum.l[q] = 0.0f;
   std::memset(t.sum.o, 0, 4 * static_cast<size_t>(t.padded) * static_cast<size_t>(t.value_padded));
   for (int q = 0; q < t.padded && !t.many; ++q) t.block.m[q] = t.sum.m[q], t.block.l[q] = 0.0f;
   if (!t.many) return;
-  if (t.rounded) return begin_rounded(t);
-  for (int d = 0; d < t.key; ++d)
-    for (int q = 0; q < t.padded; ++q)
-      t.turned[d * t.padded + q] = q < t.queries ? t.q[q][d] : 0.0f;
+  turn_queries(t);
+  if (t.rounded) begin_rounded(t);
 }
 
 void attend_block(Tile& t, const Block& b, Partial out) {
@@ -185,16 +208,29 @@ void merge_block(Tile& t, const Partial& block) {
     }
 }
 
-void finish_query(const Tile& t, int query, float* y) {
-  const float sum = t.sum.l[query], factor = sum > 0.0f ? 1.0f / sum : 0.0f;
+void finish_queries(const Tile& t, int query, int count, float* const* y) {
+  const f32x16 zero = splat(0.0f);
   // Adding zero turns -0 into +0, which a masked position may or may not have done before.
   if (t.many) {
-    for (int e = 0; e < t.value; ++e) y[e] = t.sum.o[e * t.padded + query] * factor + 0.0f;
+    const f32x16 sum = load(t.sum.l + query);
+    const f32x16 factor = select(zero < sum, splat(1.0f) / sum, zero);
+    for (int e = 0; e < t.value; e += 16) {
+      const float* o = t.sum.o + e * t.padded + query;
+      i32x16 x[16];
+      unroll<16>([&](auto i) LM_LAMBDA { x[i] = as_i32(load(o + i * t.padded) * factor + zero); });
+      turn(x);
+      unroll<16>([&](auto j) LM_LAMBDA {
+        if (j < count) store_part(y[j] + e, as_f32(x[j]), t.value - e);
+      });
+    }
     return;
   }
-  for (int e = 0; e < t.value; e += 16) {
-    const f32x16 o = load(t.sum.o + query * t.value_padded + e);
-    store_part(y + e, o * splat(factor) + splat(0.0f), t.value - e);
+  for (int q = 0; q < count; ++q) {
+    const float sum = t.sum.l[query + q], factor = sum > 0.0f ? 1.0f / sum : 0.0f;
+    for (int e = 0; e < t.value; e += 16) {
+      const f32x16 o = load(t.sum.o + (query + q) * t.value_padded + e);
+      store_part(y[q] + e, o * splat(factor) + zero, t.value - e);
+    }
   }
 }
 

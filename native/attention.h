@@ -70,6 +70,7 @@ void begin_rounded(const Tile& t);
 void pair_block(const Tile& t, const Block& b);
 void attend_rounded(Tile& t, const Block& b);
 
-void finish_query(const Tile& t, int query, float* y);  // the output row of one query
+// The output rows of queries query .. query + count - 1, at most 16; query a multiple of 16.
+void finish_queries(const Tile& t, int query, int count, float* const* y);
 
 }  // namespace lmclock::LMCLOCK_PATH

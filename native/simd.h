@@ -69,6 +69,17 @@ LM_INLINE i32x16 to_bf16(f32x16 x) {
 
 LM_INLINE f32x16 abs(f32x16 x) { return as_f32(as_i32(x) & splat_i(0x7fffffff)); }
 
+#if !defined(LM_HAS_TURN)
+// Lane i of x[j] becomes lane j of x[i].
+LM_INLINE void turn(i32x16 (&x)[16]) {
+  int32_t from[16][16], to[16][16];
+  for (int i = 0; i < 16; ++i) store_i(from[i], x[i]);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) to[i][j] = from[j][i];
+  for (int i = 0; i < 16; ++i) x[i] = load_i(to[i]);
+}
+#endif
+
 // Sum and maximum of the 16 lanes, halves first: lane i with i + 8, then 4, 2, 1.
 #if !defined(LM_HAS_REDUCE)
 template <class T, class F>

@@ -160,10 +160,8 @@ LM_INLINE i32x16 pair_bf16(f32x16 a, f32x16 b) {
 LM_INLINE i32x16 pair_i16(i32x16 a, i32x16 b) {
   return {_mm512_mask_blend_epi16(0xaaaaaaaa, a.v, _mm512_slli_epi32(b.v, 16))};
 }
-LM_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, const void* x) {
-  asm("vpdpwssd %2%{1to16%}, %1, %0"
-      : "+v"(acc.v)
-      : "v"(a.v), "m"(*static_cast<const int32_t*>(x)));
+LM_INLINE i32x16 dot_i16(i32x16 acc, i32x16 a, i32x16 x) {
+  asm volatile("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(x.v));
   return acc;
 }
 
@@ -193,6 +191,22 @@ LM_INLINE void turn_quarters(i32x16 (&x)[4]) {
   x[2].v = _mm512_unpacklo_epi64(c, d);
   x[3].v = _mm512_unpackhi_epi64(c, d);
 }
+// Lane i of x[j] becomes lane j of x[i].
+#define LM_HAS_TURN
+LM_INLINE void turn(i32x16 (&x)[16]) {
+  unroll<4>([&](auto i) LM_LAMBDA {
+    turn_quarters(reinterpret_cast<i32x16(&)[4]>(x[4 * i]));
+  });
+  unroll<4>([&](auto i) LM_LAMBDA {
+    const __m512i a = x[i].v, b = x[4 + i].v, c = x[8 + i].v, d = x[12 + i].v;
+    const __m512i p = _mm512_shuffle_i64x2(a, b, 0x44), q = _mm512_shuffle_i64x2(c, d, 0x44);
+    const __m512i r = _mm512_shuffle_i64x2(a, b, 0xee), s = _mm512_shuffle_i64x2(c, d, 0xee);
+    x[i].v = _mm512_shuffle_i64x2(p, q, 0x88);
+    x[4 + i].v = _mm512_shuffle_i64x2(p, q, 0xdd);
+    x[8 + i].v = _mm512_shuffle_i64x2(r, s, 0x88);
+    x[12 + i].v = _mm512_shuffle_i64x2(r, s, 0xdd);
+  });
+}
 // Quarters a0 a1 b0 b1; a2 a3 b2 b3; those of x as 1 0 3 2; a0 b1 a2 b3.
 LM_INLINE i32x16 low_halves(i32x16 a, i32x16 b) { return {_mm512_shuffle_i64x2(a.v, b.v, 0x44)}; }
 LM_INLINE i32x16 high_halves(i32x16 a, i32x16 b) { return {_mm512_shuffle_i64x2(a.v, b.v, 0xee)}; }
@@ -220,6 +234,11 @@ LM_INLINE f32x16 dot_bf16(f32x16 acc, i32x16 a, const void* x) {
   asm("vdpbf16ps %2%{1to16%}, %1, %0"
       : "+v"(acc.v)
       : "v"(a.v), "m"(*static_cast<const int32_t*>(x)));
+  return acc;
+}
+
+LM_INLINE f32x16 dot_bf16(f32x16 acc, i32x16 a, i32x16 x) {
+  asm volatile("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(x.v));
   return acc;
 }
 
