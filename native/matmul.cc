@@ -50,7 +50,7 @@ void compute(const Product& p, ManyConfig& config, int64_t panel, int64_t row, i
                          p.w->width,
                          out,
                          stream_ahead,
-                         first && rows > 1 ? rows_ahead : 0};
+                         first ? rows_ahead : 0};
   if (size == kTileSizes) return p.many->run(config, p.w->layout, args, rows);
   if (p.tiles) return p.tiles->by_rows[size](args);
   tile_f32(p.w->layout, p.x->act, args, size);

@@ -7,9 +7,42 @@ namespace lmclock::LMCLOCK_PATH {
 
 namespace {
 
+// One row: the two blocks that share bytes are one pass over them, two chains of dot products.
+void row_q4k(const TileArgs& args) {
+  f32x16 acc = splat(0.0f);
+  const uint8_t* x = args.x;
+  const i32x16 low = splat_i(0x0f0f0f0f);
+  const uint8_t* end = args.panel + args.width / 256 * Q4_K::kBytes;
+  for (const uint8_t* w = args.panel; w < end; w += Q4_K::kBytes) {
+    K4Scales s;
+    load_scales(w, s);
+    unroll<4>([&](auto pair) LM_LAMBDA {
+      const uint8_t* p = w + Q4_K::kCodes + 512 * pair;
+      prefetch<Q4_K::kBytes / 4>(w + Q4_K::kBytes / 4 * pair, args);
+      i32x16 sums[2] = {splat_i(0), splat_i(0)};
+      unroll<8>([&](auto i) LM_LAMBDA {
+        const i32x16 raw = load_i(p + 64 * i);
+        const i32x16 halves[2] = {raw & low, shr<4>(raw) & low};
+        unroll<2>([&](auto h) LM_LAMBDA {
+          const i32x16 one[1] = {halves[h]};
+          sums[h] = dot<4, 1>(sums[h], one, reinterpret_cast<const int8_t*>(x + 64 * h + 4 * i));
+        });
+      });
+      unroll<2>([&](auto h) LM_LAMBDA {
+        const Q8Block& b = q8(x + 64 * h);
+        acc = fma(s.d[2 * pair + h] * splat(b.d), to_f32(sums[h]), acc);
+        acc = fma(s.m[2 * pair + h], splat(b.s), acc);
+      });
+      x += 2 * sizeof(Q8Block);
+    });
+  }
+  store(args.out, acc);
+}
+
 struct TileQ4K {
   template <int T>
   static void tile(const TileArgs& args) {
+    if constexpr (T == 1) return row_q4k(args);
     f32x16 acc[T];
     clear(acc);
     auto rows = RowSet<T>::of(args);
@@ -44,10 +77,10 @@ void row_q6k(const TileArgs& args) {
   for (const uint8_t* w = args.panel; w < end; w += Q6_K::kBytes) {
     const f32x16 d = load_f16(w);
     for (const uint8_t* half = w + 32; half < w + Q6_K::kBytes; half += Q6_K::kHalf) {
-      prefetch<Q6_K::kHalf>(half, args);
       i32x16 sums[8];
       unroll<8>([&](auto j) LM_LAMBDA { sums[j] = splat_i(q8(x + 64 * (j / 2)).n32[j % 2]); });
       unroll<8>([&](auto g) LM_LAMBDA {
+        prefetch<192>(half + 192 * g, args);
         i32x16 codes[4];
         q6k_codes(half, g, codes);
         unroll<4>([&](auto j) LM_LAMBDA {
