@@ -146,11 +146,11 @@ void glu_with(const ManyRows* many, const Glu& g, int64_t r0, int64_t r1, int64_
 }
 
 void linear(const Linear& l, int64_t r0, int64_t r1, int64_t p0, int64_t p1) {
-  linear_with(nullptr, l, r0, r1, p0, p1);
+  linear_with(&kDecoded, l, r0, r1, p0, p1);
 }
 
 void glu(const Glu& g, int64_t r0, int64_t r1, int64_t p0, int64_t p1) {
-  glu_with(nullptr, g, r0, r1, p0, p1);
+  glu_with(&kDecoded, g, r0, r1, p0, p1);
 }
 
 }  // namespace lmclock::LMCLOCK_PATH

@@ -103,14 +103,34 @@ struct Int8Rows {
     return Elements == 32 ? 64 * b : 64 * (b / 2) + 16 * (b % 2);
   }
 
-  // acc = fma(d * dx, idot, acc), fma(m, dx * sum, acc): the order of tile.h, for row t at block b.
-  LM_INLINE f32x16 scale(f32x16 acc, const Q8Block& q, f32x16 d, f32x16 m, const int32_t* idot,
-                         int64_t b) {
-    acc = fma(d * splat(q.d), to_f32(load_i(idot)), acc);
-    if constexpr (Min && Elements == 32) acc = fma(m, splat(q.s), acc);
-    if constexpr (Min && Elements == 16)
-      acc = fma(m, splat(q.d * (static_cast<float>(q.n32[b % 2]) * -0x1p-5f)), acc);
-    return acc;
+  static constexpr int kHalves = 32 / Elements;
+  struct Scales {  // of the block, or of the two that make 32 elements and end at w
+    f32x16 d[kHalves], m[kHalves];
+
+    LM_INLINE Scales of(const uint8_t* w) {
+      Scales s;
+      unroll<kHalves>([&](auto h) LM_LAMBDA {
+        const uint8_t* p = w - kBytes * (kHalves - 1 - h);
+        s.d[h] = as_f32(load_i(p));
+        s.m[h] = as_f32(load_i(p + 64));
+        if constexpr (Min && Elements == 16) s.m[h] = s.m[h] * splat(-0x1p-5f);
+      });
+      return s;
+    }
+  };
+
+  // The next 32 elements of row t in the order of tile.h, once block b has been multiplied.
+  LM_INLINE f32x16 scale(f32x16 acc, const Q8Block& q, const Scales& s, const int32_t (&c)[4][256],
+                         int64_t b, int64_t t) {
+    const i32x16 idot = load_i(c[b % 4] + 16 * t);
+    if constexpr (Elements == 16) {
+      const i32x16 before = load_i(c[(b - 1) % 4] + 16 * t);
+      return fma(splat(q.d), scaled16<Min>(before, idot, s.d, s.m, q), acc);
+    } else {
+      acc = fma(s.d[0] * splat(q.d), to_f32(idot), acc);
+      if constexpr (Min) acc = fma(s.m[0], splat(q.s), acc);
+      return acc;
+    }
   }
 
   // `count` rows (16, or fewer) from x; continues the sums in out.
@@ -125,13 +145,13 @@ struct Int8Rows {
     unroll<16>([&](auto t) LM_LAMBDA { acc[t] = load(out + 16 * t); });
     for (int64_t b = 0; b < blocks; ++b, w += kBytes) {
       issue(w, b, blocks, x, stride, c);
+      if (b % kHalves != kHalves - 1) continue;
       RowSet<16>::pin(rows);
-      const f32x16 d = as_f32(load_i(w)), m = as_f32(load_i(w + 64));
-      const int32_t* idot = c[b % 4];
+      const Scales s = Scales::of(w);
       unroll<16>([&](auto t) LM_LAMBDA {
-        acc[t] = scale(acc[t], q8(RowSet<16>::template row<t>(rows)), d, m, idot + 16 * t, b);
+        acc[t] = scale(acc[t], q8(RowSet<16>::template row<t>(rows)), s, c, b, t);
       });
-      if (Elements == 32 || b % 2) RowSet<16>::next(rows);
+      RowSet<16>::next(rows);
     }
     store_all(out, acc);
   }
@@ -148,10 +168,11 @@ struct Int8Rows {
                        int64_t count, float* out, int32_t (&c)[4][256]) {
     for (int64_t b = 0; b < blocks; ++b, w += kBytes) {
       issue(w, b, blocks, x, stride, c);
-      const f32x16 d = as_f32(load_i(w)), m = as_f32(load_i(w + 64));
+      if (b % kHalves != kHalves - 1) continue;
+      const Scales s = Scales::of(w);
       for (int64_t t = 0; t < count; ++t) {
-        const Q8Block& q = q8(x + t * stride + 64 * (b * Elements / 32));
-        store(out + 16 * t, scale(load(out + 16 * t), q, d, m, c[b % 4] + 16 * t, b));
+        const Q8Block& q = q8(x + t * stride + 64 * (b / kHalves));
+        store(out + 16 * t, scale(load(out + 16 * t), q, s, c, b, t));
       }
     }
   }

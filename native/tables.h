@@ -64,6 +64,7 @@ struct ManyRows {
   void (*run)(ManyConfig& config, Layout layout, const TileArgs& args, int64_t rows);
   void (*end)();  // after the last run with a config in use
 };
+extern const ManyRows kDecoded;  // decodes a panel once for several tiles, where that costs much
 void linear_with(const ManyRows* many, const Linear& l, int64_t r0, int64_t r1, int64_t p0,
                  int64_t p1);
 void glu_with(const ManyRows* many, const Glu& g, int64_t r0, int64_t r1, int64_t p0, int64_t p1);

@@ -3,6 +3,9 @@
 // The order of accumulation, per row and output and block after block in k, is
 //   acc = fma(dw * dx, idot, acc)      idot exact in int32
 //   acc = fma(m, dx * sum, acc)        where the format has a minimum
+// and where 16 elements share a scale, for each 32 of them
+//   t   = fma(d1, idot1, d0 * idot0)   then fma(m0, sum0, t), fma(m1, sum1, t)
+//   acc = fma(dx, t, acc)              three multiplications and not four for the same terms
 #pragma once
 
 #include "layouts.h"
@@ -83,6 +86,25 @@ LM_INLINE i32x16 start32(const Q8Block& x) {
   return splat_i(0);
 }
 
+template <int Offset>
+LM_INLINE i32x16 start16(const Q8Block& x, int half) {
+  if constexpr (Offset == 128) return shl<2>(splat_i(x.n32[half]));
+  return splat_i(x.n32[half]);
+}
+
+// What two sums of 16 elements are together, before the activations' scale. m is the minima times
+// -1 / 32, since the record holds sums of codes times -32.
+template <bool Min>
+LM_INLINE f32x16 scaled16(i32x16 a, i32x16 b, const f32x16 (&d)[2], const f32x16 (&m)[2],
+                          const Q8Block& x) {
+  f32x16 t = fma(d[1], to_f32(b), d[0] * to_f32(a));
+  if constexpr (Min) {
+    t = fma(m[0], to_f32(splat_i(x.n32[0])), t);
+    t = fma(m[1], to_f32(splat_i(x.n32[1])), t);
+  }
+  return t;
+}
+
 // 32 elements: N = 8 code vectors.
 template <int Bits, int Offset, bool Min, int T>
 LM_INLINE void step32(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[8],
@@ -105,27 +127,28 @@ LM_INLINE void step32(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[8]
   });
 }
 
-// 16 elements, the first or second half of a block; the offset is 32 or 128.
-template <int Bits, int Offset, int Half, bool Min, int T>
-LM_INLINE void step16(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[4],
-                      const RowSet<T>& rows) {
-  constexpr int G = RowSet<T>::kGroup;
+// 32 elements with two scales d and minima m, of 16 elements each; the offset is 32 or 128.
+template <int Bits, int Offset, bool Min, int T>
+LM_INLINE void step16(f32x16 (&acc)[T], const f32x16 (&d)[2], const f32x16 (&m)[2],
+                      const i32x16 (&g)[8], const RowSet<T>& rows) {
+  constexpr int G = T < 2 ? 1 : 2;  // rows at once: with both halves four sums
+  const i32x16 first[4] = {g[0], g[1], g[2], g[3]}, second[4] = {g[4], g[5], g[6], g[7]};
   unroll<T / G>([&](auto group) LM_LAMBDA {
-    i32x16 sums[G];
-    const int8_t* x[G];
+    i32x16 a[G], b[G];
+    const int8_t *x[G], *y[G];
     unroll<G>([&](auto i) LM_LAMBDA {
       const uint8_t* p = RowSet<T>::template row<group * G + i>(rows);
-      x[i] = reinterpret_cast<const int8_t*>(p) + 16 * Half;
-      sums[i] = splat_i(q8(p).n32[Half]);
-      if constexpr (Offset == 128) sums[i] = shl<2>(sums[i]);
+      x[i] = reinterpret_cast<const int8_t*>(p);
+      y[i] = reinterpret_cast<const int8_t*>(p) + 16;
+      a[i] = start16<Offset>(q8(p), 0);
+      b[i] = start16<Offset>(q8(p), 1);
     });
-    dot_group<Bits>(sums, g, x);
+    dot_group<Bits>(a, first, x);
+    dot_group<Bits>(b, second, y);
     unroll<G>([&](auto i) LM_LAMBDA {
       constexpr int t = group * G + i;
-      const Q8Block& b = q8(RowSet<T>::template row<t>(rows));
-      acc[t] = fma(d * splat(b.d), to_f32(sums[i]), acc[t]);
-      if constexpr (Min)
-        acc[t] = fma(m, splat(b.d * (static_cast<float>(b.n32[Half]) * -0x1p-5f)), acc[t]);
+      const Q8Block& q = q8(RowSet<T>::template row<t>(rows));
+      acc[t] = fma(splat(q.d), scaled16<Min>(a[i], b[i], d, m, q), acc[t]);
     });
   });
 }
