@@ -138,12 +138,9 @@ namespace {
 // second-level cache beside the weights.
 constexpr int64_t kAskedRows = 16;
 
-inline int64_t stamp() {
-#if LMCLOCK_CLOCK
-  return ticks();
-#else
-  return 0;
-#endif
+template <bool kClocked>
+inline void stamp(int64_t& at) {
+  if constexpr (kClocked) at = ticks();
 }
 
 inline void ask_for(const void* data, int64_t bytes) {
@@ -155,6 +152,7 @@ inline void ask_for(const void* data, int64_t bytes) {
 
 // One thread's part of a run. Instructions of little work between two shared ones are done by the
 // thread that comes last to the barrier, so that they cost no barrier of their own.
+template <bool kClocked>
 void Machine::interpret(const Section& s, int64_t first, int64_t last, int thread,
                         int64_t* stamps) {
   Worker& worker = workers_[static_cast<size_t>(thread)].worker;
@@ -173,11 +171,12 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
     return frame_.rows[keys.space].count <= kAskedRows;
   };
   const auto do_alone = [&](int64_t from, int64_t to) {
-    for (int64_t n = from; n < to; ++n) {
-      int64_t* at = stamps + 2 * (n - first);
-      at[0] = stamp();
+    int64_t* at = stamps + 2 * (from - first);
+    if (from < to) stamp<kClocked>(at[0]);
+    for (int64_t n = from; n < to; ++n, at += 2) {
       ops_->run[code[n].op](alone, code[n], single);
-      at[1] = stamp();
+      stamp<kClocked>(at[1]);
+      if (kClocked && n + 1 < to) at[2] = at[1];  // one tick ends it and begins the next
     }
   };
   const auto skip = [&](int64_t from, int64_t to) {
@@ -186,20 +185,20 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
   };
   int64_t n = skip(first, first);
   if (n > first) {
-    for (int64_t k = 0; k < 2 * (n - first); ++k) stamps[k] = stamp();
+    for (int64_t k = 0; k < 2 * (n - first); ++k) stamp<kClocked>(stamps[k]);
     if (thread == 0) do_alone(first, n);
     team_.barrier();
   }
   while (n < last) {
     int64_t* at = stamps + 2 * (n - first);
-    at[0] = stamp();
+    stamp<kClocked>(at[0]);
     if (const int32_t store = s.stores[static_cast<size_t>(n)]; store >= 0 && few(store))
       ops_->ask_to_store(frame_, code[store], worker);
     ops_->run[code[n].op](frame_, code[n], worker);
-    at[1] = stamp();
+    stamp<kClocked>(at[1]);
     const int64_t next = skip(n + 1, n + 1);
     // Who does them stamps them again.
-    for (int64_t k = n + 1; k < next; ++k) at[2 * (k - n)] = at[2 * (k - n) + 1] = at[1];
+    for (int64_t k = n + 1; kClocked && k < next; ++k) at[2 * (k - n)] = at[2 * (k - n) + 1] = at[1];
     if (next < last) {
       ask_for(code + next, sizeof(isa::Instruction));
       if (starts[next]) ask_for(starts[next], kStreamAhead);
@@ -228,18 +227,18 @@ RunFault Machine::run(int section, int64_t first, int64_t last, int64_t* stamps)
   frame_.biases = s.biases.data();
   fault_.set.store(0);
   fault_.fault = Fault::none;
-  const size_t count = static_cast<size_t>(last - first), threads = workers_.size();
-  for (Private& own : workers_) own.stamps.resize(2 * count);
   const bool there = team_.run([&](int thread) {
-    interpret(s, first, last, thread, workers_[static_cast<size_t>(thread)].stamps.data());
+    // Each thread fills its own part of the caller's table: lines that two of them write to would
+    // travel between their caches, and to put the parts together afterwards costs more than ticks.
+    int64_t* own = stamps + 2 * thread * (last - first);
+#if LMCLOCK_UNCLOCKED
+    if (!clocked) return interpret<false>(s, first, last, thread, own);
+#endif
+    interpret<true>(s, first, last, thread, own);
   });
   if (!there)
     throw Failure{"LmclockError",
                   "this machine belongs to the process before fork; make a new one"};
-  for (size_t t = 0; t < threads; ++t)
-    for (size_t n = 0; n < count; ++n)
-      for (size_t k = 0; k < 2; ++k)
-        stamps[2 * (n * threads + t) + k] = workers_[t].stamps[2 * n + k];
   return {fault_.fault, fault_.fault == Fault::none ? 0 : fault_.at - s.code.data(), fault_.value,
           fault_.limit};
 }

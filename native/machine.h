@@ -113,7 +113,7 @@ class Machine {
   // Failure names a tensor whose scales are not finite; then, or without memory, nothing is loaded.
   void load(const ProgramSource& source);
   void bind(const BatchSource& batch);
-  // Stamps: [instruction][thread][begin, end] for instructions first .. last - 1.
+  // Stamps: [thread][instruction][begin, end] for instructions first .. last - 1.
   RunFault run(int section, int64_t first, int64_t last, int64_t* stamps);
   // At most `most` whole cycles of the bound batch, each fed by the one before and committed, and
   // no further than the first in which a sequence ends. Stamps as of `run`, `bounds` begin and end
@@ -130,6 +130,10 @@ class Machine {
     bool ids;
   };
   View view(int section, int value) const;
+
+#if LMCLOCK_UNCLOCKED
+  bool clocked = true;  // false: runs take no stamps, and leave the tables as they are
+#endif
 
  private:
   // Up to `rows` rows of `space` are too little work to be shared out.
@@ -188,6 +192,7 @@ class Machine {
   void extend_ropes();
   void check_feed(int section, const Feed& feed) const;
   void advance(const Feed& feed, const int32_t* tokens);
+  template <bool kClocked>
   void interpret(const Section& section, int64_t first, int64_t last, int thread, int64_t* stamps);
   void check_state(const Section& section, const isa::Instruction& i);
   // What `value` of a section is called in holder_.
@@ -222,7 +227,6 @@ class Machine {
   struct Private {
     Memory memory;
     Worker worker;
-    std::vector<int64_t> stamps;  // begin and end of each instruction of the run
   };
   std::vector<Private> workers_;
   int64_t inputs_ = 0;

@@ -208,7 +208,7 @@ nb::tuple run(Machine& machine, int section, int64_t first, int64_t last, nb::ha
 }
 
 // (cycles done, fault of the first or None). `feed` is (ids, positions, next, stops, stop_starts);
-// the arrays are int64 (most, instructions, threads, 2), int64 (most, 2) and int32 (most, rows).
+// the arrays are int64 (most, threads, instructions, 2), int64 (most, 2) and int32 (most, rows).
 nb::tuple run_many(Machine& machine, int section, int64_t instructions, nb::tuple feed,
                    nb::handle table, nb::handle bounds, nb::handle tokens) {
   Views views;
@@ -285,6 +285,9 @@ void bind_machine(nb::module_& m) {
       },
       nullptr);
   nb::class_<Machine>(m, "Machine")
+#if LMCLOCK_UNCLOCKED
+      .def_rw("clocked", &Machine::clocked)
+#endif
       .def(nb::new_(&make), nb::arg("threads"), nb::arg("path").none())
       .def_prop_ro("threads", &Machine::threads)
       .def_prop_ro("path", &Machine::path)

@@ -116,14 +116,14 @@ class NativeMachine(Machine):
                 f"of section {section}"
             )
         self._last_section = section
-        table = np.empty((last - first, self.traits.threads, 2), np.int64)
+        table = np.empty((self.traits.threads, last - first, 2), np.int64)  # as threads fill it
         try:
             begin, end, fault = self._core.run(number, first, last, table)
         except LookupError as error:
             raise self._gone(self._names[section][error.args[0]]) from None
         if fault:
             self._raise(instructions[fault[1]], *fault)
-        return Ticks(begin, end, table, first)
+        return Ticks(begin, end, table.swapaxes(0, 1), first)
 
     def run_many(self, section: str, most: int, feed: Feed) -> tuple[list[Ticks], np.ndarray]:
         if self._absent:
@@ -133,7 +133,7 @@ class NativeMachine(Machine):
         inputs = [-1 if name is None else numbers[name] for name in (feed.ids, feed.positions)]
         starts = np.cumsum([0, *map(len, feed.stops)], dtype=np.int32)
         stops = np.array([token for ids in feed.stops for token in ids], np.int32)
-        table = np.empty((most, len(instructions), self.traits.threads, 2), np.int64)
+        table = np.empty((most, self.traits.threads, len(instructions), 2), np.int64)
         bounds, tokens = np.empty((most, 2), np.int64), np.empty((most, len(feed.stops)), np.int32)
         done, fault = self._core.run_many(
             self._sections[section], len(instructions),
@@ -141,8 +141,8 @@ class NativeMachine(Machine):
         )  # fmt: skip
         if fault:
             self._raise(instructions[fault[1]], *fault)
-        edges = bounds[:done].tolist()
-        return [Ticks(a, b, table[n]) for n, (a, b) in enumerate(edges)], tokens[:done]
+        tables, edges = table.swapaxes(1, 2), bounds[:done].tolist()
+        return [Ticks(a, b, tables[n]) for n, (a, b) in enumerate(edges)], tokens[:done]
 
     def commit(self) -> None:
         if self._absent:
