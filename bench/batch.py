@@ -20,7 +20,7 @@ import click
 import numpy as np
 
 from bench.common import MODEL, Job, Samples, serve, start, table
-from bench.engines import PEAK_REPEAT, Made, drawing, timed
+from bench.engines import PEAK_REPEAT, PEAK_ROUNDS, Made, drawing, timed
 from bench.plots import Axes, Series, draw
 from bench.stages import Goal, Plan, Stage, Store, best, options, quotient
 
@@ -86,7 +86,7 @@ def lmclock_jobs(threads: int) -> Made:
     found["stream"] = stream
     for kind in PEAKS:
         found[kind] = lambda kind=kind: statistics.median(  # type: ignore[misc]
-            native.time_peak(kind, 64, threads, PEAK_REPEAT, path)
+            native.time_peak(kind, PEAK_ROUNDS, threads, PEAK_REPEAT, path)
         )
     return {"work": work_of(model, range(1, 2 * max(SEQUENCES) + 1))}, found
 

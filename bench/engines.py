@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Made = tuple[Mapping[str, Any], Mapping[str, Job]]
 PRODUCTS = ("linear", "qkv", "glu")
-PEAK_REPEAT = 20  # some milliseconds
+PEAK_REPEAT = 20
+PEAK_ROUNDS = 512  # a repeat is half a millisecond then, and not over before all threads run
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,20 @@ def peak_share(
     model: Model, run: Callable[[], Sequence[Cycle]], opcodes: Sequence[str], kind: str
 ) -> float:
     """Operations per busy second of some opcodes in a run, as a share of the peak of `kind` on all
-    threads, measured right before and after it. The picked rows' output matrix is left out: it is
-    bound by memory.
+    threads: the larger of those measured right before and after it, since another engine's threads
+    that still spin make a peak lower and nothing makes it higher. The picked rows' output matrix is
+    left out: it is bound by memory.
     """
     import lmclock._native as native
 
     path, threads = model.machine.path, model.machine.traits.threads  # type: ignore[attr-defined]
 
     def peak() -> float:
-        return statistics.median(native.time_peak(kind, 64, threads, PEAK_REPEAT, path))
+        return statistics.median(native.time_peak(kind, PEAK_ROUNDS, threads, PEAK_REPEAT, path))
 
     before = peak()
     cycles = run()
-    return rate_of(model, cycles, opcodes) / (0.5 * (before + peak()))
+    return rate_of(model, cycles, opcodes) / max(before, peak())
 
 
 def rate_of(model: Model, cycles: Sequence[Cycle], opcodes: Sequence[str]) -> float:

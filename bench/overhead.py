@@ -140,27 +140,9 @@ def build_jobs(extension: str, threads: int) -> tuple[Mapping[str, Any], Mapping
         "control": lambda: ratio(samples["in again"], samples["in"]) - 1,
         "cycle": lambda: statistics.median(samples["in"]) / TOKENS,
         "ticks": ticks,
-        "tick": tick_seconds,
+        "tick": lambda: statistics.median(native.time_tick() for _ in range(9)),
         "stamp": lambda: min(timeit.repeat(native.ticks, number=10_000)) / 10_000,
     }
-
-
-def tick_seconds() -> float:
-    """Seconds of a tick: what instructions that do nothing take longer with them than without."""
-    from lmclock.hardware.calibrate import idle_machine
-
-    one = idle_machine(threads=1)
-    core: Any = one._core  # type: ignore[attr-defined]
-
-    def run(clocked: bool) -> float:
-        core.clocked = clocked
-        ticks = one.run("step")
-        return (ticks.end - ticks.begin) / one.traits.tick_rate
-
-    taken = np.unique(one.run("step").table).size
-    samples = interleave({True: partial(run, True), False: partial(run, False)}, 500, quiet=True)
-    one.close()
-    return (statistics.median(samples[True]) - statistics.median(samples[False])) / taken
 
 
 def upper_bound(differences: Sequence[float], seed: int = 0) -> float:

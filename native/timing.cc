@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "binding.h"
+#include "threads.h"
 
 namespace lmclock {
 namespace {
@@ -111,6 +112,16 @@ Seconds time_peak(const std::string& kind, int64_t rounds, int threads, int repe
   return rates;
 }
 
+// Seconds of a time stamp, taken and stored, of many in a row.
+double time_tick(int64_t count) {
+  require(count >= 1, "count must be at least 1, not " + std::to_string(count));
+  std::vector<int64_t> stamps(1024);
+  const int64_t begin = wall_ns();
+  for (int64_t n = 0; n < count; ++n) stamps[static_cast<size_t>(n) % stamps.size()] = ticks();
+  const int64_t end = wall_ns();
+  return 1e-9 * static_cast<double>(end - begin) / static_cast<double>(count);
+}
+
 }  // namespace
 
 void bind_timing(nb::module_& m) {
@@ -125,6 +136,7 @@ void bind_timing(nb::module_& m) {
   m.def("time_peak", &time_peak, "kind"_a, "rounds"_a = 256, "threads"_a = 1, "repeat"_a = 10,
         "path"_a = nb::none(),
         "Operations per second of all threads, per repeat; kind int8, bf16 or f32.");
+  m.def("time_tick", &time_tick, "count"_a = 100'000, "Seconds of one time stamp.");
 }
 
 }  // namespace lmclock

@@ -341,3 +341,4 @@ def test_calibration_kernels_count_what_they_do(path: str) -> None:
         few, many = _native.peak(kind, 10, path), _native.peak(kind, 20, path)
         assert 0 < few < many
         assert all(rate > 0 for rate in _native.time_peak(kind, 4, 2, 2, path))
+    assert 0 < _native.time_tick(1000) < 1e-4
