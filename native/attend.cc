@@ -13,6 +13,8 @@ namespace {
 
 // From here on lanes are queries: below, half of them or more would be idle.
 constexpr int kManyQueries = 9;
+// As much as memory gives while one block is computed; with 32 KB the block waits for it.
+constexpr int64_t kWeightsAhead = 16384;
 
 void fill_tile(const Frame& f, const isa::Instruction& i, const Plan& p, const Sequence& s,
                int64_t h, const Span& span, float* memory, Tile& t) {
@@ -245,6 +247,13 @@ void attend_tiles(Frame& f, const isa::Instruction& i, Worker& w, const Plan& p,
   }
 }
 
+// Where no keys follow, the weights that the next product starts with are asked for.
+void ask_for_weights(Worker& w, Block& b) {
+  const Ahead weights = w.ahead.take(kWeightsAhead);
+  b.ahead = weights.at;
+  b.ahead_bytes = weights.end - weights.at;
+}
+
 // Blocks of all tiles in one line, an equal part of it for each thread. Whoever finishes the last
 // block of a tile merges them all, in order.
 void attend_blocks(Frame& f, const isa::Instruction& i, Worker& w, const Plan& p, int64_t blocks) {
@@ -263,8 +272,11 @@ void attend_blocks(Frame& f, const isa::Instruction& i, Worker& w, const Plan& p
       Tile t;
       ask_for_keys(p, s, h, (span.block + first) * kPositions);
       fill_tile(f, i, p, s, h, span, w.tile, t);
-      for (int64_t n = first; n < last; ++n)
-        attend_block(t, find_block(p, s, h, span, span.block + n, t), partial(t, n));
+      for (int64_t n = first; n < last; ++n) {
+        Block b = find_block(p, s, h, span, span.block + n, t);
+        if (n + 1 == last) ask_for_weights(w, b);
+        attend_block(t, b, partial(t, n));
+      }
       const int32_t done = static_cast<int32_t>(larger(last - first, 0));
       if (f.merges[number].fetch_add(done, std::memory_order_acq_rel) + done == count) {
         f.merges[number].store(0, std::memory_order_relaxed);

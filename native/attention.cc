@@ -31,16 +31,16 @@ void prepare_scores(const Tile& t, const Block& b) {
 
 template <class E>
 void attend_positions(const Tile& t, const Block& b, float scale, bool prepared, Partial out) {
-  const Ahead values = Ahead::of(b.value_bytes ? b.value[0] : nullptr, b.value_bytes, t.key);
-  const Ahead keys = Ahead::of(b.ahead, b.ahead_bytes, b.count);
+  const Steps values = Steps::of(b.value_bytes ? b.value[0] : nullptr, b.value_bytes, t.key);
+  const Steps keys = Steps::of(b.ahead, b.ahead_bytes, b.count);
   for_rows(t.queries, [&](auto r, int q) LM_LAMBDA {
-    score_rows<r.value, E>(t.q + q, t.key, b, q == 0 ? values : Ahead{}, t.scores + q * kBlock);
+    score_rows<r.value, E>(t.q + q, t.key, b, q == 0 ? values : Steps{}, t.scores + q * kBlock);
   });
   if (!prepared) prepare_scores(t, b);
   for (int q = 0; q < t.queries; ++q)
     soften_row(t.scores + q * kBlock, b, scale, t.low[q], t.high[q], out.m + q, out.l + q);
   for_rows(t.queries, [&](auto r, int q) LM_LAMBDA {
-    weigh_rows<r.value, E>(t.scores + q * kBlock, b, t.value_padded, q == 0 ? keys : Ahead{},
+    weigh_rows<r.value, E>(t.scores + q * kBlock, b, t.value_padded, q == 0 ? keys : Steps{},
                            out.o + q * t.value_padded);
   });
 }

@@ -56,31 +56,31 @@ LM_INLINE f32x16 load_element(const uint16_t* p) { return load_f16(p); }
 // for the processor's own prefetching to get going. Into the second-level cache: asked into the
 // first, as many lines wait for memory as for no prefetch at all (Zen 4, 1k to 4k positions: 54
 // against 30 us a layer).
-struct Ahead {
+struct Steps {
   const char* data;
   int lines;  // per step
 
   // `bytes` in so many steps.
-  LM_INLINE Ahead of(const void* data, int64_t bytes, int64_t steps) {
+  LM_INLINE Steps of(const void* data, int64_t bytes, int64_t steps) {
     if (!data || steps == 0) return {nullptr, 0};
     const int64_t lines = (bytes + 64 * steps - 1) / (64 * steps);
     return {static_cast<const char*>(data), static_cast<int>(lines)};
   }
-  LM_INLINE void step(Ahead& a) {
+  LM_INLINE void step(Steps& a) {
     for (int n = 0; n < a.lines; ++n, a.data += 64) __builtin_prefetch(a.data, 0, 2);
   }
 };
 
 // R queries against C groups of keys: out[r][g] += q[r][d] * key[g][d], all d.
 template <int R, int C, class E>
-LM_INLINE void score_groups(const float* const* q, int key, const void* const* groups, Ahead ahead,
+LM_INLINE void score_groups(const float* const* q, int key, const void* const* groups, Steps ahead,
                             float* out) {
   f32x16 acc[R][C];
   clear(acc);
   const E* k[C];
   unroll<C>([&](auto c) LM_LAMBDA { k[c] = static_cast<const E*>(groups[c]); });
   for (int d = 0; d < key; ++d) {
-    Ahead::step(ahead);
+    Steps::step(ahead);
     f32x16 kv[C];
     unroll<C>([&](auto c) LM_LAMBDA { kv[c] = load_element(k[c] + kGroup * d); });
     unroll<R>([&](auto r) LM_LAMBDA {
@@ -94,7 +94,7 @@ LM_INLINE void score_groups(const float* const* q, int key, const void* const* g
 }
 
 template <int R, class E>
-void score_rows(const float* const* q, int key, const Block& b, Ahead ahead, float* out) {
+void score_rows(const float* const* q, int key, const Block& b, Steps ahead, float* out) {
   const int groups = (b.count + kGroup - 1) / kGroup;
   int g = 0;
   for (; g + kColumns <= groups; g += kColumns, ahead = {})
@@ -106,7 +106,7 @@ void score_rows(const float* const* q, int key, const Block& b, Ahead ahead, flo
 // R queries' weights times C vectors of the values: out[r][c] = sum over positions of
 // p[r][position] * value.
 template <int R, int C, class E>
-LM_INLINE void weigh_vectors(const float* p, const Block& b, int64_t at, Ahead ahead, float* out,
+LM_INLINE void weigh_vectors(const float* p, const Block& b, int64_t at, Steps ahead, float* out,
                              int64_t stride) {
   f32x16 acc[R][C];
   clear(acc);
@@ -115,7 +115,7 @@ LM_INLINE void weigh_vectors(const float* p, const Block& b, int64_t at, Ahead a
     const E* v = static_cast<const E*>(b.value[g]) + at;
     const int rows = left < kGroup ? left : kGroup;
     for (int j = 0; j < rows; ++j, v += step) {
-      Ahead::step(ahead);
+      Steps::step(ahead);
       f32x16 vv[C];
       unroll<C>([&](auto c) LM_LAMBDA { vv[c] = load_element(v + 16 * c); });
       unroll<R>([&](auto r) LM_LAMBDA {
@@ -130,7 +130,7 @@ LM_INLINE void weigh_vectors(const float* p, const Block& b, int64_t at, Ahead a
 }
 
 template <int R, class E>
-void weigh_rows(const float* p, const Block& b, int value_padded, Ahead ahead, float* out) {
+void weigh_rows(const float* p, const Block& b, int value_padded, Steps ahead, float* out) {
   int at = 0;
   for (; at + 16 * kColumns <= value_padded; at += 16 * kColumns, ahead = {})
     weigh_vectors<R, kColumns, E>(p, b, at, ahead, out + at, value_padded);

@@ -111,6 +111,24 @@ struct Frame {
   FaultBox* fault = nullptr;
 };
 
+// Memory that a thread will read, as far as it has not asked for it yet. While threads wait for
+// each other, attend or round activations, memory would be idle; these lines fill the time.
+struct Ahead {
+  const uint8_t* at = nullptr;
+  const uint8_t* end = nullptr;
+
+  LM_ALWAYS bool any() const { return at < end; }
+  LM_ALWAYS Ahead take(int64_t bytes) {
+    const uint8_t* from = at;
+    at = end - at < bytes ? end : at + bytes;
+    return {from, at};
+  }
+  // Asks for so many bytes more, into the second-level cache.
+  LM_ALWAYS void ask(int64_t bytes) {
+    for (Ahead now = take(bytes); now.any(); now.at += 64) __builtin_prefetch(now.at, 0, 2);
+  }
+};
+
 // One thread's own memory.
 struct Worker {
   int thread = 0;
@@ -118,6 +136,7 @@ struct Worker {
   float* row = nullptr;       // one row as wide as the widest value
   uint8_t* records = nullptr; // kPrivateRows activation records
   float* tile = nullptr;      // working set of attention or sampling
+  Ahead ahead;                // weights of the next product
 };
 
 using OpFunction = void (*)(Frame&, const isa::Instruction&, Worker&);

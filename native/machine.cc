@@ -143,10 +143,10 @@ inline void stamp(int64_t& at) {
   if constexpr (kClocked) at = ticks();
 }
 
-inline void ask_for(const void* data, int64_t bytes) {
-  const char* p = static_cast<const char*>(data);
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
-}
+// Weights of the next product that a thread may ask for before it comes to it: what two threads
+// read in the time of a short `attend`. 32 and 128 KB are as good; a short list of lines at a time,
+// so that a thread that waits notices soon that it need not.
+constexpr int64_t kAheadBytes = 65536, kAskedAtOnce = 256;
 
 }  // namespace
 
@@ -173,6 +173,10 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
   const auto do_alone = [&](int64_t from, int64_t to) {
     int64_t* at = stamps + 2 * (from - first);
     if (from < to) stamp<kClocked>(at[0]);
+    // Each thread has asked for its part, but all of it is this one's to write.
+    for (int64_t n = from; n < to; ++n)
+      if (static_cast<isa::Op>(code[n].op) == isa::Op::store)
+        ops_->ask_to_store(alone, code[n], single);
     for (int64_t n = from; n < to; ++n, at += 2) {
       ops_->run[code[n].op](alone, code[n], single);
       stamp<kClocked>(at[1]);
@@ -199,15 +203,21 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
     const int64_t next = skip(n + 1, n + 1);
     // Who does them stamps them again.
     for (int64_t k = n + 1; kClocked && k < next; ++k) at[2 * (k - n)] = at[2 * (k - n) + 1] = at[1];
-    if (next < last) {
-      ask_for(code + next, sizeof(isa::Instruction));
-      if (starts[next]) ask_for(starts[next], kStreamAhead);
-    }
     if (n + 1 == last) return;
+    if (next < last) {
+      Ahead{reinterpret_cast<const uint8_t*>(code + next),
+            reinterpret_cast<const uint8_t*>(code + next + 1)}.ask(sizeof(isa::Instruction));
+      int64_t product = next;
+      while (product + 1 < last && !starts[product]) ++product;
+      const uint8_t* weights = starts[product];
+      worker.ahead = {weights, weights ? weights + kAheadBytes : nullptr};
+      if (product == next) worker.ahead.ask(kStreamAhead);
+    }
     team_.barrier([&] { do_alone(n + 1, next); },
-                  [&] {
+                  [&](auto&& waiting) {
                     if (next < last && static_cast<isa::Op>(code[next].op) == isa::Op::attend)
                       ops_->ask(frame_, code[next], worker);
+                    while (worker.ahead.any() && waiting()) worker.ahead.ask(kAskedAtOnce);
                   });
     n = next;
   }

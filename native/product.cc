@@ -14,6 +14,9 @@ constexpr int64_t kShareRows = 64;
 // can be waited for.
 constexpr int64_t kShares = 8;
 
+// Weights asked for while the rows they meet are prepared: what memory gives in that time.
+constexpr int64_t kAskedBefore = 4096;
+
 Norm fused_norm(const Frame& f, const isa::Instruction& i) {
   return {i.norm < 0 ? nullptr : f.weights[i.norm].vector,
           i.norm_bias < 0 ? nullptr : f.weights[i.norm_bias].vector,
@@ -100,6 +103,7 @@ Rows round_rows(Frame& f, Worker& w, Act act, const float* x, int64_t stride, in
   if (act == Act::none) return {x, stride * 4, act};
   const int64_t bytes = act_row_bytes(act, width);
   const bool own = count <= kPrivateRows;
+  if (own) w.ahead.ask(kAskedBefore);
   uint8_t* to = own ? w.records : shared;
   const Share s = own ? Share{0, count} : share(f, w, count);
   for (int64_t r = s.first; r < s.last; ++r)
@@ -115,6 +119,7 @@ Rows prepare_rows(Frame& f, const isa::Instruction& i, Worker& w, const Value& x
   const Norm norm = fused_norm(f, i);
   const int64_t bytes = act_row_bytes(act, x.width);
   const bool own = count <= kPrivateRows;
+  if (own) w.ahead.ask(kAskedBefore);
   uint8_t* to = own ? w.records : f.records;
   const Share s = own ? Share{0, count} : share(f, w, count);
   for (int64_t r = s.first; r < s.last; ++r) {

@@ -64,17 +64,17 @@ class Team {
 
   // Returns once every thread of the team has called it.
   void barrier() {
-    barrier([] {}, [] {});
+    barrier([] {}, [](auto&&) {});
   }
 
   // The same; the last thread to come calls `alone` before any of them goes on, the others call
-  // `meanwhile` before they wait.
+  // `meanwhile(waiting)` before they wait: it may go on for as long as waiting() says so.
   template <class F, class G>
   void barrier(F&& alone, G&& meanwhile) {
     if (size_ == 1) return alone();
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 != static_cast<uint32_t>(size_)) {
-      meanwhile();
+      meanwhile([&] { return phase_.load(std::memory_order_acquire) == phase; });
       return await_phase(phase);
     }
     alone();
