@@ -186,6 +186,7 @@ class Program:
 
 OUTS, INS, WEIGHTS = 3, 3, 3
 ABSENT = -1
+_PLACES = {name: k for k, name in enumerate(ATTRS)}
 
 
 def encoded_fields() -> tuple[tuple[str, str, int], ...]:
@@ -208,19 +209,30 @@ def encode(program: Program, section: str) -> np.ndarray:
     dtype = np.dtype([(n, t, (c,)) if c > 1 else (n, t) for n, t, c in encoded_fields()])
     values = {name: k for k, name in enumerate(value_names(program, section))}
     weights = {w.name: k for k, w in enumerate(program.weights)}
-    instructions = program.section(section).instructions
-    table = np.zeros(len(instructions), dtype)
-    for row, i in zip(table, instructions, strict=True):
-        row["op"] = OPCODES[i.op].code
-        groups = (("outs", i.outs, values), ("ins", i.ins, values), ("weights", i.weights, weights))
-        for name, operands, numbers in groups:
-            row[name] = ABSENT
-            row[name][: len(operands)] = [numbers[o] for o in operands]
-        row["state"] = state_number(program, i.state) if i.state else ABSENT
-        for name, attr in ATTRS.items():
-            value = i[name] if name in i.row.attrs else None
-            row[name] = _encode_attr(i, attr.kind, name, value, values, weights)
-    return table
+    defaults: dict[str, list[Any]] = {}  # by opcode; few attributes differ from them
+    rows = []
+    for i in program.section(section).instructions:
+        if i.op not in defaults:
+            given = {name: i.row.default(name) for name in i.row.attrs}
+            defaults[i.op] = [
+                _encode_attr(i, a.kind, name, given.get(name), values, weights)
+                for name, a in ATTRS.items()
+            ]
+        attrs = defaults[i.op].copy()
+        for name, value in i.attrs:
+            kind = ATTRS[name].kind
+            attrs[_PLACES[name]] = _encode_attr(i, kind, name, value, values, weights)
+        rows.append((
+            OPCODES[i.op].code, _numbers(i.outs, values, OUTS), _numbers(i.ins, values, INS),
+            _numbers(i.weights, weights, WEIGHTS),
+            state_number(program, i.state) if i.state else ABSENT, *attrs,
+        ))  # fmt: skip
+    return np.array(rows, dtype)
+
+
+def _numbers(names: tuple[str, ...], numbers: dict[str, int], most: int) -> list[int]:
+    """Numbers of operands, absent ones included."""
+    return [numbers[name] for name in names] + [ABSENT] * (most - len(names))
 
 
 def _encode_attr(

@@ -8,7 +8,7 @@ operands by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmclock.errors import LmclockError, ProgramError, choices
@@ -64,6 +64,10 @@ def _names(program: Program) -> None:
         seen.add(name)
 
 
+# Operands that may be ids: the experts' third is who was chosen, the loss's second the target.
+TAKE_IDS = {"embed": (0,), "pick": (0,), "experts": (2,), "loss": (1,)}
+
+
 @dataclass
 class _Scope:
     """What the rules of one instruction look at."""
@@ -79,14 +83,15 @@ class _Scope:
     def state(self) -> State | None:
         return self.program.state(self.i.state)[0] if self.i.state else None
 
-    def counts(self) -> Iterator[bool]:
-        row = self.i.row
-        for have, names in ((self.i.ins, row.ins), (self.i.weights, row.weights)):
+    def counts(self) -> bool:
+        i, row = self.i, self.i.row
+        for have, names in ((i.ins, row.ins), (i.weights, row.weights)):
             least, most = row.count(names)
-            yield least <= len(have) <= most
-        yield len(self.i.outs) == len(row.outs)
-        yield self.i.state is None if row.state == "" else True
-        yield self.i.state is not None if row.state == "required" else True
+            if not least <= len(have) <= most:
+                return False
+        if len(i.outs) != len(row.outs):
+            return False
+        return i.state is None if row.state == "" else bool(i.state) or row.state != "required"
 
     def shape_of(self, attr: str) -> tuple[int, int] | None:
         """Shape of the weight a named operand gives, None when it is absent."""
@@ -99,15 +104,16 @@ class _Scope:
 
     def bias_sizes(self) -> bool:
         """Each bias has as many elements as the product it is added to."""
+        names = [n for n in ("bias", "bias_k", "bias_v") if n in self.i.row.attrs]
+        if not any(self.i[n] for n in names):
+            return True
         widths = [self.program.weight_table[w].shape[0] for w in self.i.weights]
         if self.i.op == "norm":
             widths = [self.known[self.i.ins[0]].width // self.i["groups"]]
-        names = [n for n in ("bias", "bias_k", "bias_v") if n in self.i.row.attrs]
         return all(self.fits(n, width) for n, width in zip(names, widths, strict=False))
 
     def ids_where_meant(self) -> bool:
-        """Ids go to embed, pick, the experts' third operand and the loss's target; nowhere else."""
-        meant = {"embed": (0,), "pick": (0,), "experts": (2,), "loss": (1,)}.get(self.i.op, ())
+        meant = TAKE_IDS.get(self.i.op, ())
         return all(k in meant or not self.known[n].ids for k, n in enumerate(self.i.ins))
 
 
@@ -167,7 +173,7 @@ STATE_RULES = (
     ),
 )
 OPERAND_RULES = (
-    (lambda s: all(s.counts()), "the number of operands is not what the opcode takes"),
+    (lambda s: s.counts(), "the number of operands is not what the opcode takes"),
     (lambda s: all(n in s.known for n in s.i.reads()), "an operand is read before it is defined"),
     (lambda s: not any(o in s.known for o in s.i.outs), "a value is defined twice"),
     (lambda s: len(set(s.i.outs)) == len(s.i.outs), "two results have one name"),

@@ -81,8 +81,9 @@ class Layouter {
   throw Failure{"FileError", "tensor " + w.name + " holds a number that is not finite"};
 }
 
-// Panels of one piece of work: large enough to hide the counter, small enough to share out evenly.
-constexpr int64_t kPieceBytes = 256 * 1024;
+// Panels of one piece of work: small enough to share out evenly, large enough that giving its pages
+// back, of which every processor is told, costs little (256 KB: 3 ms of 100 MB).
+constexpr int64_t kPieceBytes = 1024 * 1024;
 
 void pack_all(Team& team, const Kernels& kernels, const ProgramSource& source,
               const std::vector<Job>& jobs) {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 
-from lmclock.errors import OptionError
+from lmclock import passes
+from lmclock.errors import OptionError, ProgramError
 from lmclock.isa import expand, make
 from lmclock.listing import parse
 from lmclock.passes import fuse, optimise, place, round_activations
@@ -36,6 +38,17 @@ def test_expansion_gives_back_the_arithmetic() -> None:
     assert sorted(w for s in steps for w in s.all_weights()) == sorted(
         w for i in plain.section("step").instructions for w in i.all_weights()
     )
+
+
+def test_a_pass_that_breaks_a_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(program: Program) -> Program:
+        """Leaves the first instruction out."""
+        step = program.section("step")
+        return program.with_sections((replace(step, instructions=step.instructions[1:]),))
+
+    monkeypatch.setitem(passes.LEVELS, 1, (forgetful, fuse, place))
+    with pytest.raises(ProgramError, match=r"after pass forgetful: step 0: .*before it is defined"):
+        optimise(llama(), 1)
 
 
 def test_an_inner_value_with_another_reader_is_not_fused() -> None:

@@ -1,5 +1,5 @@
 """Passes: Program -> Program, pure and named. `optimise` runs the column for a level and verifies
-after each.
+what comes out; where that is not sound, after each pass, so that the one at fault is named.
 
     -O0  as assembled: one core instruction for each step of the arithmetic
     -O1  fused: fewer instructions, the same numbers
@@ -9,9 +9,9 @@ after each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from lmclock.errors import OptionError, choices
+from lmclock.errors import OptionError, ProgramError, choices
 from lmclock.passes.fuse import fuse
 from lmclock.passes.place import place
 from lmclock.passes.round import round_activations, round_attention
@@ -44,10 +44,21 @@ def optimise(
         raise OptionError(f"optimisation level {level!r} is unknown; valid: {choices(LEVELS)}")
     if not verified:
         verify(program)
-    for step in LEVELS[level]:
-        if invariant and step in VARIANT:
-            continue
-        program = place(program, keep) if step is place else verify(step(program))
+    steps = [step for step in LEVELS[level] if not (invariant and step in VARIANT)]
+    try:
+        return verify(_run(program, steps, keep))
+    except Exception:
+        for number, step in enumerate(steps):  # a sound program took one verification, not four
+            try:
+                program = verify(_run(program, steps[number : number + 1], keep))
+            except ProgramError as error:
+                raise ProgramError(f"after pass {step.__name__}: {error}") from error
+        raise
+
+
+def _run(program: Program, steps: Sequence[Pass], keep: tuple[str, ...]) -> Program:
+    for step in steps:
+        program = place(program, keep) if step is place else step(program)
     return program
 
 
