@@ -56,13 +56,15 @@ class Llama:
 
     def __init__(
         self, source: str | Weights, threads: int, flash: bool, context: int, batch: int,
-        cache: str = "f16", sequences: int = 1, probe: bool = True,
+        cache: str = "f16", sequences: int = 1, probe: bool = True, shared: bool = False,
     ) -> None:  # fmt: skip
+        """`shared`: sequences share the positions of one, so that they can be joined."""
         weights = Weights(source, probe) if isinstance(source, str) else source
         self.notes, self.vocabulary, self.weights = weights.notes, weights.vocabulary, weights
         self.flash = flash
         options = c.llama_context_default_params()
-        options.n_ctx, options.n_seq_max = context * sequences, sequences
+        options.n_ctx, options.n_seq_max = context * (1 if shared else sequences), sequences
+        options.kv_unified = shared
         options.n_batch, options.n_ubatch = batch, min(batch, UBATCH)
         options.n_threads = options.n_threads_batch = threads
         options.type_k = options.type_v = CACHE_TYPES[cache]
@@ -95,6 +97,20 @@ class Llama:
         for first in range(0, len(ids), at_once):
             some = ids[first : first + at_once]
             self.decode((ctypes.c_int32 * len(some))(*some), len(some))
+
+    def repeat(self, ids: Sequence[int], positions: int) -> None:
+        """Put so many positions into the cache of sequence 0, of which only `ids` are computed: the
+        rest are copies of them further on, which take as long to read. Needs `shared` sequences.
+        """
+        memory, size = c.llama_get_memory(self.context), len(ids)
+        self.prompt(ids, size)
+        data = (ctypes.c_uint8 * c.llama_state_seq_get_size(self.context, 0))()
+        c.llama_state_seq_get_data(self.context, data, len(data), 0)
+        for number, first in enumerate(range(size, positions, size), 1):
+            assert c.llama_state_seq_set_data(self.context, data, len(data), number)
+            c.llama_memory_seq_rm(memory, number, positions - first, -1)
+            c.llama_memory_seq_add(memory, number, 0, -1, first)
+            c.llama_memory_seq_cp(memory, number, 0, -1, -1)
 
     def steps(self, ids: Sequence[Sequence[int]], first: int) -> None:
         """One token of each sequence in every call: `ids` (calls, sequences), from position
@@ -140,9 +156,13 @@ class Llama:
             )
         )
 
+    def free(self) -> None:
+        """Free the context; its weights stay."""
+        c.llama_free(self.context)
+
     def close(self) -> None:
         """Free the context and its weights."""
-        c.llama_free(self.context)
+        self.free()
         c.llama_model_free(self.weights.model)
 
     def _run(self, batch: Any) -> None:
