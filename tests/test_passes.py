@@ -81,10 +81,11 @@ binary z, y, r
     assert ops(fuse(parse(residual_first))) == ["act", "linear"]
 
 
-def test_rounding_is_for_quantised_weights_only() -> None:
-    program = round_activations(llama(layers=2, formats=("q4_1", "f16")))
+def test_rounding_follows_the_weights() -> None:
+    program = round_activations(llama(layers=3, formats=("q4_1", "f16", "bf16")))
     acts = [i["act"] for i in program.section("step").instructions if i.op == "linear"]
-    assert acts == ["q8_32"] * 7 + ["none"] * 7 + ["q8_32"], "layer 0, layer 1, then the q8_0 head"
+    layers = ["q8_32"] * 7 + ["none"] * 7 + ["bf16"] * 7
+    assert acts == [*layers, "q8_32"], "three layers, then the q8_0 head"
 
 
 def test_registers_never_hold_two_live_values() -> None:
