@@ -33,7 +33,7 @@ LM_INLINE void use(const V (&sums)[N]) {
 int64_t peak_int8(int64_t rounds) {
   i32x16 sums[kChains];
   unroll<kChains>([&](auto i) LM_LAMBDA { sums[i] = splat_i(i); });
-#if defined(LM_HAS_DOT_GROUP)
+#if defined(LM_HAS_DOT_VECTOR)
   constexpr int kDots = 1;
   i32x16 a = load_i(kOperand), b = a;
   hide(a);

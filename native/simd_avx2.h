@@ -147,6 +147,7 @@ LM_INLINE __m256i pairs(__m256i codes, __m256i x) {
   return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
 
+// init + g . x; see simd_avx512.h. Here 8-bit codes take no start.
 template <int Bits, int N>
 LM_INLINE i32x16 dot(i32x16 init, const i32x16 (&g)[N], const int8_t* x) {
   constexpr int kGroup = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
@@ -166,6 +167,24 @@ LM_INLINE i32x16 dot(i32x16 init, const i32x16 (&g)[N], const int8_t* x) {
     sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(hi, ones));
   });
   return sum;
+}
+
+// A code vector of 8 bits is made ready for all rows at once, which is a third of its work.
+#define LM_HAS_DOT_GROUP
+template <int Bits, int N, int G>
+LM_INLINE void dot_group(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* const (&x)[G]) {
+  if constexpr (Bits < 8) {
+    unroll<G>([&](auto t) LM_LAMBDA { sums[t] = dot<Bits, N>(sums[t], g, x[t]); });
+  } else {
+    unroll<G>([&](auto t) LM_LAMBDA { sums[t] = splat_i(0); });
+    unroll<N>([&](auto i) LM_LAMBDA {
+      const i32x16 one[1] = {g[i]};
+      unroll<G>([&](auto t) LM_LAMBDA {
+        const i32x16 part = dot<Bits, 1>(sums[t], one, x[t] + 4 * i);
+        sums[t] = {_mm256_add_epi32(sums[t].lo, part.lo), _mm256_add_epi32(sums[t].hi, part.hi)};
+      });
+    });
+  }
 }
 
 #define LM_HAS_REDUCE

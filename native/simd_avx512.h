@@ -131,6 +131,7 @@ LM_INLINE i32x16 dot(i32x16 init, const i32x16 (&g)[N], const int8_t* x) {
 // of latency 5, and the scheduler (97 entries on Golden Cove) does not look past enough of them to
 // keep two ports busy.
 #define LM_HAS_DOT_GROUP
+#define LM_HAS_DOT_VECTOR  // one instruction for 64 products
 template <int I, int T, int N, int G>
 LM_INLINE void dot_group_from(i32x16 (&sums)[G], const i32x16 (&g)[N],
                               const int8_t* const (&x)[G]) {

@@ -205,4 +205,5 @@ def test_k_quants_of_experts_from_a_file(tmp_path: Path) -> None:
     program = optimise(model.program, 2, invariant=True)
     runs = [Runner(program, model.weights, name).cycle({"a": TOKENS}, pick="all")["a"]
             for name in ("array", "native")]  # fmt: skip
-    assert arithmetic_error(runs[1], runs[0]) < 1e-6
+    # Sums of f32 weights differ in their last bits, and a code on the edge of its rounding moves.
+    assert arithmetic_error(runs[1], runs[0]) < 1e-4

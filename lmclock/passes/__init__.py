@@ -3,9 +3,9 @@ what comes out; where that is not sound, after each pass, so that the one at fau
 
     -O0  as assembled: one core instruction for each step of the arithmetic
     -O1  fused: fewer instructions, the same numbers
-    -O2  fused and rounded: activations to int8 per 32 where the weights are quantised, to bf16 where
-         they are bf16; attention of such programs, of many rows, to 16 bits unless the program is
-         to be invariant
+    -O2  fused and rounded: activations to int8 per 32 where weights are quantised, to bf16 where
+         they are bf16; in such programs attention of many rows to 16 bits, unless the program is to
+         be invariant
 """
 
 from __future__ import annotations
