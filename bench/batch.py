@@ -96,12 +96,12 @@ def decode_seconds(model: Model, prompts: Sequence[list[int]]) -> float:
     from lmclock.engine import Request
 
     cycles: list[Cycle] = []
-    before, model.engine.on_cycle = model.engine.on_cycle, cycles.append
+    before, model.engine.on_cycles = model.engine.on_cycles, cycles.extend
     for prompt in prompts:
         model.engine.add(Request(prompt, NEW + 1, ignore_eos=True))
     for event in model.engine.run():
         assert event.finish != "error", event.message
-    model.engine.on_cycle = before
+    model.engine.on_cycles = before
     whole = [c for c in cycles if c.kind == "decode" and c.decode_rows == len(prompts)]
     assert whole, "no cycle decoded all sequences"
     # From the first fetch to the last write-back, as if exactly NEW of them had run.

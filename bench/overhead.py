@@ -120,7 +120,7 @@ def build_jobs(extension: str, threads: int) -> tuple[Mapping[str, Any], Mapping
     model = load(MODEL, threads=threads, context=2 * TOKENS)
     core: Any = model.machine._core  # type: ignore[attr-defined]
 
-    def cycles(tokens: int) -> tuple[Cycle, ...]:
+    def cycles(tokens: int) -> Sequence[Cycle]:
         return model.generate([0], max_new_tokens=tokens, temperature=0, ignore_eos=True).cycles
 
     def decode(clocked: bool = True) -> float:

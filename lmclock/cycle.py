@@ -4,7 +4,9 @@ trace read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
@@ -51,3 +53,26 @@ class Cycle:
         if self.decode_rows:
             return "mixed" if self.prompt_rows or encoded else "decode"
         return "encode" if encoded else "prefill"
+
+
+class Cycles(Sequence[Cycle]):
+    """Cycles as they were heard of, some at a time. A part may make its cycles when they are looked
+    at, so it is kept as it came.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[Cycle]] = ()) -> None:
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[Cycle]:
+        for part in self.parts:
+            yield from part
+
+    @overload
+    def __getitem__(self, at: int) -> Cycle: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Cycle]: ...
+    def __getitem__(self, at: int | slice) -> Cycle | Sequence[Cycle]:
+        return tuple(self)[at]

@@ -26,6 +26,7 @@ import numpy as np
 
 from lmclock.assemble import Assembled
 from lmclock.capacity import DEFAULT_CONTEXT, capacity_of
+from lmclock.cycle import Cycle, Cycles
 from lmclock.engine import Engine, Event, Request
 from lmclock.engine.sampling import sampling_of
 from lmclock.errors import LmclockError, OptionError, UnsupportedError
@@ -38,7 +39,6 @@ from lmclock.text import StopStrings, Tokeniser, encode_chat
 
 if TYPE_CHECKING:
     from lmclock.clock import Clock
-    from lmclock.cycle import Cycle
     from lmclock.encode import Encoder, Watch
     from lmclock.encode.classify import Classes
     from lmclock.hardware.limits import Limits
@@ -144,12 +144,12 @@ class Model:
         # The tokenizer's own end tokens are joined lazily, by each stream: token ids need none.
         self.engine = Engine(
             machine, program, capacity=capacity, eos=frozenset(self.config.eos),
-            on_cycle=self._hear, **options,
+            on_cycles=self._hear, **options,
         )  # fmt: skip
 
-    def _hear(self, cycle: Cycle) -> None:
+    def _hear(self, cycles: Sequence[Cycle]) -> None:
         for stream in self.streams:
-            stream.cycles.append(cycle)
+            stream.cycles.parts.append(cycles)
 
     @cached_property
     def tokenizer(self) -> Tokeniser:
@@ -183,7 +183,7 @@ class Model:
         "".join(text)
         return text.reply
 
-    def cycles_of(self, prompt: str, **options: Any) -> tuple[Cycle, ...]:
+    def cycles_of(self, prompt: str, **options: Any) -> Sequence[Cycle]:
         """The cycles of a prompt's continuation (with `options` of `stream`); of an encoder, those
         of one pass over the text.
         """
@@ -197,7 +197,7 @@ class Model:
             self.encoder.run([part.marked for part in self.encoder.parts(prompt)])
         finally:
             self.streams.remove(watch)
-        return tuple(watch.cycles)
+        return watch.cycles
 
     def stream(self, prompt: Prompt, **options: Any) -> TextStream:
         """An iterator of text pieces; its `reply` is there when it has ended.
@@ -307,7 +307,7 @@ class TextStream:
         self.model = model
         self.tokens: list[int] = []
         self.finish, self.text = "", ""  # why it ended; what has come
-        self.cycles: list[Cycle] = []
+        self.cycles = Cycles()
         self.most = 1  # cycles between two looks at the pieces
         settings = sampling_of(sampling)
         ids = model.encode(prompt)
@@ -381,5 +381,5 @@ class TextStream:
         """What has come so far, complete once the iteration has ended."""
         return Reply(
             self.text, tuple(self.tokens), self.finish, self.prompt_tokens, self.model,
-            tuple(self.cycles),
+            Cycles(self.cycles.parts),
         )  # fmt: skip

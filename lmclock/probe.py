@@ -62,7 +62,7 @@ def work_of(assembled: Assembled, prompt: Prompt) -> Work:
 
 def probe(
     model: Model, prompt: Prompt, max_new_tokens: int = 0, stop: Any = (), **options: Any
-) -> tuple[Cycle, ...]:
+) -> Sequence[Cycle]:
     """The cycles of one piece of work. Where it generates, options are those of Model.stream."""
     work = work_of(model.assembled, prompt)
     if isinstance(prompt, str | None) and not work.source and not work.inputs:
@@ -82,12 +82,12 @@ def _cycles(
         work.ids, new, sampling_of(sampling), ends, ignore_eos, work.source, work.inputs
     )
     seen: list[Cycle] = []
-    before, model.engine.on_cycle = model.engine.on_cycle, seen.append
+    before, model.engine.on_cycles = model.engine.on_cycles, seen.extend
     try:
         number = model.engine.add(request)
         for event in model.engine.run():
             if event.sequence == number and event.finish == "error":
                 raise LmclockError(event.message)
     finally:
-        model.engine.on_cycle = before
+        model.engine.on_cycles = before
     return tuple(seen)

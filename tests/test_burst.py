@@ -34,7 +34,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 def told(of: Engine, requests: list[Request], most: int) -> Found:
     """Events of each request in the order given, and all cycles."""
     cycles: list[Cycle] = []
-    of.on_cycle = cycles.append
+    of.on_cycles = cycles.extend
     numbers = [of.add(request) for request in requests]
     events: dict[int, list[Event]] = {at: [] for at in range(len(numbers))}
     while of.busy:

@@ -119,8 +119,7 @@ def delivered(model: Assembled, machine: dict[str, Any], want: str, level: int =
         given = {"types": np.array(types)[:, None]} if with_types and config.types == 2 else {}
         engine.add(Request(ids, 0, inputs=given, want={want: receive}))
     while engine.busy:
-        cycle = engine.step()
-        cycles += cycle is not None
+        cycles += len(engine.step())
     assert cycles == 1
     engine.close()
     return found

@@ -186,7 +186,7 @@ def test_bits_do_not_depend_on_company_chunks_paging_or_threads(cache: str) -> N
 @pytest.mark.parametrize("machine", MACHINES)
 def test_an_encoder_finishes_in_one_cycle_and_hands_out_its_value(machine: str) -> None:
     cycles: list[Cycle] = []
-    of = engine("encoder", machine, on_cycle=cycles.append)
+    of = engine("encoder", machine, on_cycles=cycles.extend)
     found: dict[int, np.ndarray] = {}
     for n in (20, 3, 12):
         want = {"sentence": lambda at, x, n=n: found.__setitem__(n, x.copy())}
@@ -227,11 +227,11 @@ def test_forks_of_one_prompt_sample_on_their_own() -> None:
     """What n completions of a prompt are made of: one prefill, then a fork for each."""
     of = engine("llama")
     cycles: list[Cycle] = []
-    of.on_cycle = cycles.append
+    of.on_cycles = cycles.extend
     prompt = ids(21, 100)
     alone = [tokens_of(of, [Request(prompt, 8, Sampling(1.0, seed=seed))])[0] for seed in (1, 2, 3)]
     cycles.clear()
-    of = engine("llama", on_cycle=cycles.append)
+    of = engine("llama", on_cycles=cycles.extend)
     first = of.add(Request(prompt, 8, Sampling(1.0, seed=1)))
     of.step()  # the first 16 rows
     numbers = [first, *(of.fork(first, Sampling(1.0, seed=seed)) for seed in (2, 3))]

@@ -103,7 +103,7 @@ def cycles(model: Any, machine: str) -> tuple[Program, list[Cycle], Any]:
     m, found = create(machine), []
     room = capacity_for(program, sequences=4, chunk=16)
     m.load(program, model.weights, room)
-    engine = Engine(m, program, capacity=room, on_cycle=found.append)
+    engine = Engine(m, program, capacity=room, on_cycles=found.extend)
     for first in (3, 40):
         engine.add(Request([first, *TOKENS[:5]], max_new_tokens=3))
     while engine.busy:

@@ -207,7 +207,7 @@ def test_beams_of_a_decoder() -> None:
 
 def test_a_source_is_held_once_and_shared_bytes_count_once() -> None:
     cycles: list[Cycle] = []
-    of = engine_of("marian", 4, on_cycle=cycles.append)
+    of = engine_of("marian", 4, on_cycles=cycles.extend)
     texts = sources()
     for text in texts:
         of.add(Request([PAD], 20, source=text, beams=Beams(4, min_new_tokens=15)))

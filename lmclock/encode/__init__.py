@@ -18,7 +18,7 @@ import numpy as np
 from lmclock.config import ModelConfig
 from lmclock.config.encoder import EncoderConfig
 from lmclock.config.recurrent import LstmConfig
-from lmclock.cycle import Cycle
+from lmclock.cycle import Cycles
 from lmclock.engine import Engine, Event, Request
 from lmclock.errors import LmclockError, OptionError, UnsupportedError, choices
 from lmclock.program import Program
@@ -49,7 +49,7 @@ class Part:
 class Watch:
     """Keeps the cycles it is told of."""
 
-    cycles: list[Cycle] = field(default_factory=list)
+    cycles: Cycles = field(default_factory=Cycles)
 
 
 class Encoder:

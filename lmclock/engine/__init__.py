@@ -14,7 +14,7 @@ An engine belongs to one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -23,7 +23,7 @@ import numpy as np
 from lmclock.batch import Batch
 from lmclock.cache import Cache
 from lmclock.cycle import Cycle, Run
-from lmclock.engine.burst import LONGEST, Burst, burst_length
+from lmclock.engine.burst import LONGEST, Burst, Records, burst_length
 from lmclock.engine.decode import Decoder
 from lmclock.engine.facts import read_facts
 from lmclock.engine.fetch import Plan, Scheduler
@@ -41,8 +41,8 @@ __all__ = ["Beams", "Engine", "Event", "Hypothesis", "Request", "Sampling", "cap
 class Engine:
     """See the module's header. `chunk` bounds the rows of a prompt in one cycle; `invariant` says
     that the machine gives a prompt the same bits however it is cut (fetch.py). `prefix_reuse`
-    shares cached pages between equal beginnings, so that what follows is cut elsewhere. `on_cycle`
-    hears every cycle.
+    shares cached pages between equal beginnings, so that what follows is cut elsewhere. `on_cycles`
+    hears every cycle, those of one step at a time.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Engine:
         chunk: int = 512,
         invariant: bool = False,
         prefix_reuse: bool = True,
-        on_cycle: Callable[[Cycle], None] | None = None,
+        on_cycles: Callable[[Sequence[Cycle]], None] | None = None,
     ) -> None:
         if chunk < 1:
             raise OptionError(f"chunk={chunk} is out of range; valid: 1 or more")
         self.machine, self.program, self.capacity = machine, program, capacity
-        self.eos, self.on_cycle = eos, on_cycle
+        self.eos, self.on_cycles = eos, on_cycles
         self.facts = facts = read_facts(program)
         self.cache = Cache(
             capacity.slots,
@@ -132,11 +132,11 @@ class Engine:
         self._forget(self._news[-1])
         return True
 
-    def step(self, most: int = 1) -> Cycle | None:
-        """One clock cycle, or up to `most` where they need nothing in between (burst.py); `events`
-        holds their news, and the last one is returned.
+    def step(self, most: int = 1) -> Sequence[Cycle]:
+        """One clock cycle, or up to `most` where they need nothing in between (burst.py), which are
+        returned; `events` holds their news.
 
-        None when no sequence is left to run, or when the machine failed: a sequence that fails
+        None ran when no sequence is left to run, or when the machine failed: a sequence that fails
         alone ends with `error`; of several, each is run alone in the cycles that follow.
         """
         now = self.machine.now
@@ -146,7 +146,7 @@ class Engine:
         if not plan.spans:
             assert not self.live, "sequences are left, but none has a row due"
             self._tell([])
-            return None
+            return ()
         fetched = now()
         batch = self.decoder.decode(plan)
         self.machine.bind(batch)
@@ -158,12 +158,12 @@ class Engine:
             runs, values = self._execute(plan, batch)
         except LmclockError as error:
             self._fail(plan, str(error))
-            return None
+            return ()
         executed = now()
         sampled: list[int] = []
         if len(batch.pick) and self.facts.next is not None:
             sampled = [token for (token,) in self.machine.read(self.facts.next).tolist()]
-        if self.on_cycle:
+        if self.on_cycles:
             batch = self._observed(batch, runs)
         self.machine.commit()
         outcome = write_back(plan, sampled, values, self.facts, self.cache, self.scheduler.expand)
@@ -172,7 +172,7 @@ class Engine:
             self._cycles, batch, tuple(runs), (begin, fetched, decoded, executed, now()),
             outcome.prompt_rows, outcome.decode_rows, outcome.retired, tuple(outcome.decoding),
         )  # fmt: skip
-        return self._record([cycle])
+        return self._record([cycle], cycle.stamps[4] - begin)
 
     def _burst_length(self, plan: Plan, most: int) -> int:
         """How many cycles run in one call: so many that none is noticed to be late."""
@@ -184,26 +184,23 @@ class Engine:
 
     def _burst(
         self, plan: Plan, batch: Batch, length: int, stamps: tuple[int, int, int]
-    ) -> Cycle | None:
+    ) -> Sequence[Cycle]:
         try:
             burst = Burst.run(self.machine, plan, batch, self.facts, length)
         except LmclockError as error:
             self._fail(plan, str(error))
-            return None
-        cycles = list(burst.write_back(self.facts, self.cache, self._cycles, *stamps))
-        self._tell(burst.events)
-        cycles[-1] = replace(cycles[-1], stamps=(*cycles[-1].stamps[:4], self.machine.now()))
-        return self._record(cycles)
+            return ()
+        self._tell(burst.write_back(self.facts, self.cache))
+        cycles = Records(burst, self.facts, self._cycles, stamps, self.machine.now())
+        return self._record(cycles, cycles.end - stamps[0])
 
-    def _record(self, cycles: list[Cycle]) -> Cycle:
-        """Count the cycles and let them be heard; the last one."""
+    def _record(self, cycles: Sequence[Cycle], ticks: int) -> Sequence[Cycle]:
+        """Count the cycles, which took so many ticks, and let them be heard."""
         self._cycles += len(cycles)
-        last = cycles[-1]
-        self._took = last.stamps[4] - last.stamps[0]
-        if self.on_cycle:
-            for cycle in cycles:
-                self.on_cycle(cycle)
-        return last
+        self._took = ticks // len(cycles)
+        if self.on_cycles:
+            self.on_cycles(cycles)
+        return cycles
 
     def _observed(self, batch: Batch, runs: list[Run]) -> Batch:
         """The batch with what its routers chose, for those who read the record."""

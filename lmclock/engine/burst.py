@@ -11,8 +11,10 @@ records say so (`kept`), nothing of them is committed, and other sequences compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import overload
 
 import numpy as np
 
@@ -61,9 +63,10 @@ class Burst:
 
     plan: Plan
     batch: Batch  # of the first cycle
-    ticks: list[Ticks]
+    ticks: Sequence[Ticks]
     tokens: np.ndarray  # (cycles, sequences)
-    events: list[Event] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    useful: int = 0  # cycles until a sink ended a sequence
 
     @staticmethod
     def run(machine: Machine, plan: Plan, batch: Batch, facts: Facts, most: int) -> Burst:
@@ -71,33 +74,66 @@ class Burst:
         ticks, tokens = machine.run_many(facts.main, most, feed_of(plan, facts))
         return Burst(plan, batch, ticks, tokens)
 
-    def write_back(
-        self, facts: Facts, cache: Cache, number: int, begin: int, fetched: int, decoded: int
-    ) -> Iterator[Cycle]:
-        """The records, each once it is written back; the first one's stamps are given. The last
-        one's end is when it was made.
-        """
-        nothing = np.zeros(len(self.plan.spans), bool)
-        over = False  # a sink has ended a sequence before this cycle
-        batches = _batches(self.batch, self.tokens, facts)
-        for n, (ticks, tokens) in enumerate(zip(self.ticks, self.tokens.tolist(), strict=True)):
+    def write_back(self, facts: Facts, cache: Cache) -> list[Event]:
+        """The events of all cycles."""
+        events: list[Event] = []
+        rows = len(self.plan.spans)
+        for n, tokens in enumerate(self.tokens.tolist()):
+            if self.useful < n:
+                self.outcomes.append(Outcome(decode_rows=rows, decoding=[True] * rows))
+                continue
+            outcome = write_back(_later(self.plan, n), tokens, {}, facts, cache)
+            self.outcomes.append(outcome)
+            events += outcome.events
+            self.useful += not any(event.finish for event in outcome.events)
+        return events
+
+
+@dataclass
+class Records(Sequence[Cycle]):
+    """The records of a burst that is written back, made when they are looked at: most replies'
+    never are, and after so many cycles every object is made with cold caches.
+
+    `stamps` are the first cycle's up to where it is executed; `end` is when the last was written
+    back.
+    """
+
+    burst: Burst
+    facts: Facts
+    number: int
+    stamps: tuple[int, int, int]
+    end: int
+
+    def __len__(self) -> int:
+        return len(self.burst.outcomes)
+
+    @overload
+    def __getitem__(self, at: int) -> Cycle: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Cycle]: ...
+    def __getitem__(self, at: int | slice) -> Cycle | Sequence[Cycle]:
+        return self._cycles[at]
+
+    @cached_property
+    def _cycles(self) -> list[Cycle]:
+        burst = self.burst
+        batches = _batches(burst.batch, burst.tokens, self.facts)
+        nothing = np.zeros(len(burst.plan.spans), bool)
+        cycles, (begin, fetched, decoded) = [], self.stamps
+        for n, (ticks, outcome) in enumerate(zip(burst.ticks, burst.outcomes, strict=True)):
             if n:
-                begin = fetched = self.ticks[n - 1].end
+                begin = fetched = burst.ticks[n - 1].end
                 decoded = ticks.begin
-            if over:
-                rows = len(self.plan.spans)
-                outcome = Outcome(decode_rows=rows, decoding=[True] * rows)
-            else:
-                plan = _later(self.plan, n)
-                outcome = write_back(plan, tokens, {}, facts, cache)
-                self.events += outcome.events
-            yield Cycle(
-                number + n, batches[n], (Run(facts.main, ticks),),
-                (begin, fetched, decoded, ticks.end, ticks.end), outcome.prompt_rows,
-                outcome.decode_rows, outcome.retired, tuple(outcome.decoding),
-                nothing if over else None,
+            end = self.end if n + 1 == len(self) else ticks.end
+            cycles.append(
+                Cycle(
+                    self.number + n, batches[n], (Run(self.facts.main, ticks),),
+                    (begin, fetched, decoded, ticks.end, end), outcome.prompt_rows,
+                    outcome.decode_rows, outcome.retired, tuple(outcome.decoding),
+                    nothing if burst.useful < n else None,
+                )
             )  # fmt: skip
-            over |= any(event.finish for event in outcome.events)
+        return cycles
 
 
 def _batches(first: Batch, tokens: np.ndarray, facts: Facts) -> list[Batch]:

@@ -74,14 +74,14 @@ def measure(engine: Engine, test: Test, rng: np.random.Generator) -> list[Cycle]
 
 def _run(engine: Engine, request: Request) -> list[Cycle]:
     cycles: list[Cycle] = []
-    before, engine.on_cycle = engine.on_cycle, cycles.append
+    before, engine.on_cycles = engine.on_cycles, cycles.extend
     try:
         engine.add(request)
         for event in engine.run():
             if event.finish == "error":
                 raise LmclockError(event.message)
     finally:
-        engine.on_cycle = before
+        engine.on_cycles = before
     return cycles
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,7 +35,7 @@ class Reply:
     finish: str
     prompt_tokens: int
     model: Clocked = field(repr=False)
-    cycles: tuple[Cycle, ...] = field(repr=False)
+    cycles: Sequence[Cycle] = field(repr=False)
 
     @cached_property
     def clock(self) -> ReplyClock:
