@@ -28,6 +28,7 @@ from lmclock.assemble import Assembled
 from lmclock.capacity import DEFAULT_CONTEXT, capacity_of
 from lmclock.cycle import Cycle, Cycles
 from lmclock.engine import Engine, Event, Request
+from lmclock.engine.burst import LONGEST
 from lmclock.engine.sampling import sampling_of
 from lmclock.errors import LmclockError, OptionError, UnsupportedError
 from lmclock.machines import Capacity, Machine, create
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
     from lmclock.translate import Translation, Translator
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-BURST = 32  # cycles of a reply that nobody reads while it comes: see engine/burst.py
+BURST = 32  # cycles in one call of the machine: see engine/burst.py
+FRAME = 1 / 60  # seconds: text that comes together within a frame of a screen looks steady
 LISTING = ".lmc"  # ending of a program written by hand
 
 
@@ -179,7 +181,7 @@ class Model:
     def generate(self, prompt: Prompt, **options: Any) -> Reply:
         """The whole continuation; options as for `stream`."""
         text = TextStream(self, prompt, **options)
-        text.most = BURST
+        text.patience = LONGEST
         "".join(text)
         return text.reply
 
@@ -308,7 +310,7 @@ class TextStream:
         self.tokens: list[int] = []
         self.finish, self.text = "", ""  # why it ended; what has come
         self.cycles = Cycles()
-        self.most = 1  # cycles between two looks at the pieces
+        self.patience = FRAME  # seconds between two looks at the pieces
         settings = sampling_of(sampling)
         ids = model.encode(prompt)
         if max_new_tokens is None and model.endless:
@@ -357,7 +359,7 @@ class TextStream:
         model.streams.append(self)
         try:
             while self._last is None and not self._cancelled:
-                model.engine.step(self.most)
+                model.engine.step(BURST, self.patience)
                 yield from self._drain()
         finally:
             if self._last is None:

@@ -21,9 +21,7 @@ Found = tuple[dict[int, list[Event]], list[Cycle]]
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    # However slow the machine is now: how many cycles fit is not for these tests.
-    monkeypatch.setattr("lmclock.engine.LONGEST", 1e6)
+def engine() -> Engine:
     program = tiny.llama(vocab=VOCABULARY)
     machine = create("native", threads=2)
     capacity = capacity_for(program, sequences=4, tokens=512, chunk=32, page_size=16)
@@ -38,7 +36,7 @@ def told(of: Engine, requests: list[Request], most: int) -> Found:
     numbers = [of.add(request) for request in requests]
     events: dict[int, list[Event]] = {at: [] for at in range(len(numbers))}
     while of.busy:
-        of.step(most)
+        of.step(most, within=1e6)  # however slow the machine is now
         of.cache.check()
         for event in of.events:
             at = numbers.index(event.sequence)
@@ -112,3 +110,14 @@ def test_what_cannot_follow_from_a_cycle_is_refused(engine: Engine) -> None:
     machine.bind(replace(two, page_size=16))
     with pytest.raises(ProgramError, match="one picked row for each sequence"):
         machine.run_many("step", 4, feed)
+
+
+def test_a_burst_ends_within_the_time_it_has(engine: Engine) -> None:
+    engine.add(Request([5, 6, 7], 64))
+    for _ in range(3):  # the prompt, and cycles that say how long one takes
+        engine.step()
+    assert len(engine.step(32, within=0.0)) == 1
+    (cycle,) = engine.step()
+    took = (cycle.stamps[4] - cycle.stamps[0]) / engine.machine.traits.tick_rate
+    assert len(engine.step(32, within=3.5 * took)) == 3
+    assert len(engine.step(32, within=1e6)) == 6  # the page is full

@@ -132,9 +132,9 @@ class Engine:
         self._forget(self._news[-1])
         return True
 
-    def step(self, most: int = 1) -> Sequence[Cycle]:
-        """One clock cycle, or up to `most` where they need nothing in between (burst.py), which are
-        returned; `events` holds their news.
+    def step(self, most: int = 1, within: float = LONGEST) -> Sequence[Cycle]:
+        """One clock cycle, or up to `most` where they need nothing in between (burst.py) and are
+        done in about `within` seconds. They are returned; `events` holds their news.
 
         None ran when no sequence is left to run, or when the machine failed: a sequence that fails
         alone ends with `error`; of several, each is run alone in the cycles that follow.
@@ -151,7 +151,7 @@ class Engine:
         batch = self.decoder.decode(plan)
         self.machine.bind(batch)
         decoded = now()
-        length = self._burst_length(plan, most)
+        length = self._burst_length(plan, most, within)
         if length > 1:
             return self._burst(plan, batch, length, (begin, fetched, decoded))
         try:
@@ -174,12 +174,12 @@ class Engine:
         )  # fmt: skip
         return self._record([cycle], cycle.stamps[4] - begin)
 
-    def _burst_length(self, plan: Plan, most: int) -> int:
-        """How many cycles run in one call: so many that none is noticed to be late."""
+    def _burst_length(self, plan: Plan, most: int, within: float) -> int:
+        """How many cycles run in one call."""
         traits = self.machine.traits
         if most < 2 or not traits.many or not self._took:
             return 1
-        fit = int(LONGEST * traits.tick_rate / self._took)
+        fit = int(within * traits.tick_rate / self._took)
         return burst_length(plan, self.scheduler, self.facts, min(most, fit))
 
     def _burst(
