@@ -157,11 +157,17 @@ LM_INLINE i32x16 magnitude(f32x16 x) { return as_i32(x) & splat_i(0x7fffffff); }
 // 16 queries or keys, one in each lane, whose elements lie `stride` apart; `to` may be x.
 template <class E>
 void pair_elements(const E* x, int64_t stride, int key, int32_t* to, float* scales) {
-  i32x16 most = splat_i(0);
-  for (int d = 0; d < key; ++d) most = max_i(most, magnitude(load_element(x + stride * d)));
+  i32x16 most = splat_i(0), other = splat_i(0);
+  int d = 0;
+  for (; d + 2 <= key; d += 2) {
+    most = max_i(most, magnitude(load_element(x + stride * d)));
+    other = max_i(other, magnitude(load_element(x + stride * d + stride)));
+  }
+  if (d < key) most = max_i(most, magnitude(load_element(x + stride * d)));
+  most = max_i(most, other);
   const Scales scale = Scales::of(most, largest_code(key));
   store(scales, scale.value);
-  for (int d = 0; d < key; d += 2, x += 2 * stride, to += stride) {
+  for (d = 0; d < key; d += 2, x += 2 * stride, to += stride) {
     const f32x16 second = d + 1 < key ? load_element(x + stride) : splat(0.0f);
     const i32x16 a = round_i(load_element(x) * scale.code);
     store_i(to, pair_i16(a, round_i(second * scale.code)));
