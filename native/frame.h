@@ -81,7 +81,7 @@ constexpr int64_t kPrivateRows = 4;   // rows that each thread prepares for itse
 constexpr int64_t kPositions = 64;    // positions of one attention block
 constexpr int kCounters = 16;         // shared counters, used in turn
 constexpr int64_t kMerges = 512;      // attention tiles whose blocks can be shared out
-constexpr int64_t kTogether = 4;      // tiles of act=bf16 that share the conversion of a block
+constexpr int64_t kTogether = 8;      // tiles of act=bf16 that share the conversion of a block
 constexpr int64_t kTileQueries = 48;  // queries of an attention tile, unless one row has more
 
 struct Frame {
