@@ -45,13 +45,13 @@ docs: build  ## regenerate native/isa.h and the generated pages of docs/
 asan: build/asan/.installed  ## native tests under the address and undefined-behaviour sanitizers
 	LD_PRELOAD="$(call runtime,asan) $(call runtime,stdc++)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-	  build/asan/bin/python -m pytest --capture=sys $(SANITIZED_TESTS) $(ARGS)
+	  build/asan/bin/python -m pytest --capture=sys --timeout=1800 $(SANITIZED_TESTS) $(ARGS)
 
 # NumPy's own threads would be races: the locks of its OpenBLAS are not instrumented.
 tsan: build/tsan/.installed  ## native tests under the thread sanitizer
 	LD_PRELOAD="$(call runtime,tsan) $(call runtime,stdc++)" TSAN_OPTIONS=halt_on_error=1 \
 	  OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 \
-	  setarch -R build/tsan/bin/python -m pytest --capture=sys $(SANITIZED_TESTS) $(ARGS)
+	  setarch -R build/tsan/bin/python -m pytest --capture=sys --timeout=1800 $(SANITIZED_TESTS) $(ARGS)
 
 fuzz: $(VENV)/.fuzz build  ## coverage-guided fuzzing of the file readers
 	$(BIN)/python -m tools.fuzz_files $(ARGS)

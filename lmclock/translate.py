@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lmclock.config import ModelConfig
+from lmclock.config.generation import Searching
 from lmclock.engine import Beams, Engine, Event, Request
 from lmclock.errors import LmclockError, OptionError, UnsupportedError, choices
 from lmclock.program import Program
@@ -71,7 +72,7 @@ class Translator:
             if name not in names:
                 known = choices(sorted({*names, *ALIASES, "max_new_tokens", "prefix"}))
                 raise OptionError(f"option {name!r} is unknown; valid: {known}")
-        own = {name: getattr(self.config.generation, name) for name in names - {"results"}}
+        own = {f.name: getattr(self.config.generation, f.name) for f in fields(Searching)}
         if isinstance(named.get("final"), int):
             named["final"] = (named["final"],)
         if "banned" in named:

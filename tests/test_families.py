@@ -19,6 +19,7 @@ from tiny_families import FIXTURES, write
 
 import lmclock
 from lmclock.assemble import Assembled, assemble
+from lmclock.cli.bench import need_replies
 from lmclock.clock import Clock
 from lmclock.config import HF_TYPES, from_hf
 from lmclock.cycle import Cycle
@@ -109,6 +110,16 @@ def test_it_runs_and_every_tick_is_accounted_for(model_type: str, folders: dict[
         out = io.StringIO()
         write_trace(cycles, model.program, model.machine.traits, out)
         nested(json.loads(out.getvalue()))
+
+
+@of_every_type
+def test_bench_times_it_or_says_what_there_is(model_type: str, folders: dict[str, Path]) -> None:
+    with lmclock.load(str(folders[model_type]), threads=1, context=0) as model:
+        facts = model.engine.facts
+        if facts.next is not None and not facts.encodes:
+            return need_replies(model, "x")
+        with pytest.raises(UnsupportedError, match=r"valid: \w.*, and `lmclock stat x`"):
+            need_replies(model, "x")
 
 
 @of_every_type

@@ -194,7 +194,7 @@ def test_beams_of_a_decoder() -> None:
     made = create("native", threads=2)
     made.load(ours.program, ours.weights, capacity)
     of = Engine(made, ours.program, capacity=capacity, chunk=8, eos=frozenset({1}))
-    of.add(Request(prompt, 12, beams=Beams(4, 4)))
+    of.add(Request(prompt, 12, beams=Beams(4, results=4)))
     (last,) = [event for event in of.run() if event.finish]
     for k, result in enumerate(last.results):
         row = out.sequences[k].tolist()[21:]
@@ -260,7 +260,7 @@ def test_searches_among_others_find_what_they_find_alone(kind: str) -> None:
         of = hash_engine(kind, tokens=tokens, eos=ends)
         source = {"source": ids(5)} if kind == "encoder" else {}
         asked = [
-            Request(ids(3 + n % 3, n), 7, beams=Beams(width, width), **source)
+            Request(ids(3 + n % 3, n), 7, beams=Beams(width, results=width), **source)
             if width else Request(ids(9 + 3 * n, n), 14, **source)
             for n, width in enumerate((0, 3, 2, 1, 3, 0, 2, 2, 4, 0, 3))
         ]  # fmt: skip

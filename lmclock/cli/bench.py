@@ -17,6 +17,8 @@ import click
 import numpy as np
 
 from lmclock.cli import options
+from lmclock.encode import USES
+from lmclock.errors import UnsupportedError
 from lmclock.hardware.calibrate import processor
 from lmclock.model import Model
 from lmclock.reports.bench import Test, measure, model_facts, rates, times
@@ -147,6 +149,7 @@ def _records(
 ) -> Iterator[dict[str, Any]]:
     """One record per test of one set-up, each as soon as it is measured."""
     with loading.load() as model:
+        need_replies(model, loading.name)
         facts = _facts(model, loading)
         rng = np.random.default_rng(1)
         for test in tests:
@@ -157,6 +160,19 @@ def _records(
             traits = model.machine.traits
             clock = rates(model.clock(chain(*runs)), traits)
             yield facts | {"test_time": now} | times(test, runs, traits) | clock
+
+
+def need_replies(model: Model, name: str) -> None:
+    """UnsupportedError, which says what there is instead, for models that do not answer prompts."""
+    facts = model.engine.facts
+    if facts.next is not None and not facts.encodes:
+        return
+    head = getattr(model.config, "head", "sequence")  # a net of numbers has classes too
+    use = "translate" if facts.encodes else USES[head]
+    raise UnsupportedError(
+        f"model {model.program.name!r} has no prompts and replies to time; valid: {use}, and "
+        f"`lmclock stat {name}`, which says how fast that is"
+    )
 
 
 def _facts(model: Model, loading: options.Loading) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from lmclock.config.generation import Generation
+from lmclock.config.generation import Generation, generation
 from lmclock.errors import FileError, UnsupportedError, choices
 from lmclock.fields import Fields
 
@@ -81,9 +82,19 @@ GENERATION = (
 )  # fmt: skip
 
 
-def start_token(f: Fields) -> int | None:
-    """What begins a target; models whose files do not say begin it with the padding token."""
-    return next(iter(f.ids("decoder_start_token_id") or f.ids("pad_token_id")), None)
+# Fields of encoder-decoders that say nothing of a forward pass.
+SEQ2SEQ_HARMLESS = (
+    *HF_HARMLESS, *GENERATION, "classifier_dropout", "gradient_checkpointing", "is_encoder_decoder",
+    "tokenizer_class",
+)  # fmt: skip
+
+
+def of_target(f: Fields) -> dict[str, Any]:
+    """Fields of ModelConfig that say how a target begins, ends, and is searched for. Models whose
+    files do not say begin it with the padding token.
+    """
+    start = next(iter(f.ids("decoder_start_token_id") or f.ids("pad_token_id")), None)
+    return {"start": start, "eos": f.ids("eos_token_id"), "generation": generation(f)}
 
 
 def refuse_other_uses(f: Fields, architectures: tuple[str, ...], causal: bool = True) -> str:

@@ -16,9 +16,15 @@ FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Settings of a search in lmclock's words (engine/search.py); `longest` is the length of a
-    target, the token that begins it among them, `max_new_tokens` without it; 0: not said.
+class Searching:
+    """Settings of a search that a model's files can state and a caller can choose.
+
+    early_stopping   True: as soon as `width` beams have ended; False: when the best running beam
+                     scores less than the worst result; "never": when no length can change that
+    min_length       least tokens, the prompt among them, before an end; min_new_tokens: without it
+    no_repeat_ngram  no run of so many tokens comes twice; 0: off
+    first, final     tokens that must come first, and where the length runs out; None: off
+    banned           runs of tokens that must not come
     """
 
     width: int = 1
@@ -31,6 +37,14 @@ class Generation:
     first: int | None = None
     final: tuple[int, ...] = ()
     banned: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Generation(Searching):
+    """What the files say; `longest` is the length of a target, the token that begins it among them,
+    `max_new_tokens` without it; 0: not said.
+    """
+
     longest: int = 0
     max_new_tokens: int = 0
 

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 from lmclock.config.common import (
     ACTIVATIONS,
-    GENERATION,
-    HF_HARMLESS,
     MAX_HEADS,
     MAX_LAYERS,
+    SEQ2SEQ_HARMLESS,
     ModelConfig,
+    of_target,
     refuse_other_uses,
-    start_token,
 )
-from lmclock.config.generation import beside, generation
+from lmclock.config.generation import beside
 from lmclock.errors import FileError
 from lmclock.fields import Fields
 
@@ -88,10 +87,8 @@ HF_TYPES = {
 }  # fmt: skip
 OWN_TYPE = "transformer"
 _HARMLESS = (
-    *HF_HARMLESS, *GENERATION, "activation_dropout", "classif_dropout", "classifier_dropout",
-    "decoder_layerdrop", "dropout", "encoder_layerdrop", "extra_pos_embeddings",
-    "gradient_checkpointing", "init_std", "is_encoder_decoder", "num_hidden_layers", "save_step",
-    "tokenizer_class",
+    *SEQ2SEQ_HARMLESS, "activation_dropout", "classif_dropout", "decoder_layerdrop", "dropout",
+    "encoder_layerdrop", "extra_pos_embeddings", "init_std", "num_hidden_layers", "save_step",
 )  # fmt: skip
 _OWN_HARMLESS = (*_HARMLESS, "dropout", "architectures", "batch_first")
 
@@ -116,8 +113,7 @@ def from_hf(f: Fields, model: str, name: str) -> Seq2SeqConfig:
         embed_scale=math.sqrt(width) if scaled else 1.0, positions=row.positions, pairs=row.pairs,
         offset=row.offset, shared=shared, tied=f.flag("tie_word_embeddings", True),
         output_bias=True, bias=True, bos=next(iter(f.ids("bos_token_id")), None),
-        eos=f.ids("eos_token_id"), start=start_token(f),
-        generation=generation(f),
+        **of_target(f),
         notes=f.rest((*_HARMLESS, "decoder_vocab_size"), f"model_type {model}"),
     )  # fmt: skip
     return _checked(config, f)
@@ -165,9 +161,8 @@ def _own(f: Fields, name: str) -> Seq2SeqConfig:
         positions=f.text("positions", "sinusoidal", POSITIONS), pairs=row.pairs, offset=row.offset,
         shared=f.flag("shared_embeddings", True), tied=f.flag("tie_word_embeddings", True),
         output_bias=f.flag("output_bias", False), bias=bias,
-        bos=next(iter(f.ids("bos_token_id")), None), eos=f.ids("eos_token_id"),
-        start=start_token(f),
-        generation=generation(f), notes=f.rest(_OWN_HARMLESS, f"model_type {OWN_TYPE}"),
+        bos=next(iter(f.ids("bos_token_id")), None), **of_target(f),
+        notes=f.rest(_OWN_HARMLESS, f"model_type {OWN_TYPE}"),
     )  # fmt: skip
     return _checked(config, f)
 

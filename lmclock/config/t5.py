@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 from lmclock.config.common import (
     ACTIVATIONS,
-    GENERATION,
-    HF_HARMLESS,
     MAX_HEADS,
     MAX_LAYERS,
+    SEQ2SEQ_HARMLESS,
     ModelConfig,
+    of_target,
     refuse_other_uses,
-    start_token,
 )
-from lmclock.config.generation import beside, generation
+from lmclock.config.generation import beside
 from lmclock.errors import FileError
 from lmclock.fields import Fields
 
@@ -59,9 +58,8 @@ HF_TYPES = {
     "mt5": HfType("MT5ForConditionalGeneration", "gated-gelu", scales=False),
 }
 _HARMLESS = (
-    *HF_HARMLESS, *GENERATION, "classifier_dropout", "dense_act_fn", "dropout_rate",
-    "gradient_checkpointing", "initializer_factor", "is_encoder_decoder", "is_gated_act",
-    "n_positions", "output_past", "scale_decoder_outputs", "tokenizer_class",
+    *SEQ2SEQ_HARMLESS, "dense_act_fn", "dropout_rate", "initializer_factor", "is_gated_act",
+    "n_positions", "output_past", "scale_decoder_outputs",
 )  # fmt: skip
 
 
@@ -89,8 +87,7 @@ def from_hf(f: Fields, model: str, name: str) -> T5Config:
         eps=f.number("layer_norm_epsilon", 1e-6),
         buckets=f.integer("relative_attention_num_buckets", 32, high=MAX_BUCKETS),
         max_distance=f.integer("relative_attention_max_distance", 128, high=MAX_DISTANCE),
-        scaled=scaled, bos=None, eos=f.ids("eos_token_id"), start=start_token(f),
-        generation=generation(f),
+        scaled=scaled, bos=None, **of_target(f),
         notes=f.rest(_HARMLESS, f"model_type {model}"),
     )  # fmt: skip
     # Both ways a quarter of the buckets hold one distance each: there must be some beyond.

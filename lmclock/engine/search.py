@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lmclock.config.generation import Searching
 from lmclock.errors import OptionError
 
 NEVER = np.float32(-1e9)  # what transformers gives a beam that must not be chosen
@@ -28,34 +29,17 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 @dataclass(frozen=True)
-class Beams:
-    """Settings of a search; OptionError names a value out of range.
-
-    early_stopping   True: as soon as `width` beams have ended; False: when the best running beam
-                     scores less than the worst result; "never": when no length can change that
-    results          how many sequences are wanted, at most `width`
-    min_length       least tokens, the prompt among them, before an end; min_new_tokens: without it
-    no_repeat_ngram  no run of so many tokens comes twice; 0: off
-    first, final     tokens that must come first, and where the length runs out; None: off
-    banned           runs of tokens that must not come
+class Beams(Searching):
+    """Settings of a search, and how many sequences are wanted of it, at most `width`; OptionError
+    names a value out of range.
     """
 
-    width: int = 1
     results: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    min_length: int = 0
-    min_new_tokens: int = 0
-    no_repeat_ngram: int = 0
-    repetition: float = 1.0
-    first: int | None = None
-    final: tuple[int, ...] = ()
-    banned: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            whole = isinstance(type(self).__dict__[name], int)
+            whole = isinstance(getattr(type(self), name), int)  # the default
             kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
             if (
                 isinstance(value, bool)
