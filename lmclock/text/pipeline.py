@@ -30,11 +30,11 @@ MAX_AROUND = 16  # tokens that a file may put around a text
 
 # A pattern is run over each of these, repeated to these lengths, with its own letters at the end (a
 # search first looks for letters that a match must have). Linear ones take a microsecond a letter,
-# quadratic ones forty at the last length; worse ones show at a shorter one, before they take long,
-# or exhaust the library's limit of retries.
+# quadratic ones 16 to 40 at the last length; worse ones show at a shorter one, before they take
+# long, or exhaust the library's limit of retries.
 PROBES = ("a", "A", "1", " ", "\n", "!", "é", "中", "aA", " a", "a1", "'s", "\t ", "a'", "1 ")
 PROBE_LENGTHS = tuple(96 << step for step in range(8))
-PROBE_SECONDS, PROBE_SECONDS_PER_LETTER = 0.01, 16e-6
+PROBE_SECONDS, PROBE_SECONDS_PER_LETTER = 0.01, 8e-6
 
 # DeepSeek-LLM's files hold a quadratic pattern; this finds the same matches in linear time, since
 # the first match of a run of spaces begins where the run does, and takes the last line end in it.
