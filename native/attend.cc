@@ -75,23 +75,23 @@ const void* keys_at(const Plan& p, const Sequence& s, int64_t h, int64_t positio
   return p.state->head(at.page, h) + at.offset / kGroup * l.group_bytes;
 }
 
-// Formats that are read in place have their values asked for in time; others are copied first, keys
-// and values together.
-bool read_in_place(const PageLayout& l) {
-  return l.format != CacheFormat::q8_0 && l.page_size % kGroup == 0;
+// Blocks that are read in place have their values asked for in time; others are copied first, keys
+// and values together. q8_0 is, where many queries read what is made of it.
+bool read_in_place(const PageLayout& l, const Tile& t) {
+  return (l.format != CacheFormat::q8_0 || !t.many) && l.page_size % kGroup == 0;
 }
 
-int64_t ahead_bytes(const PageLayout& l) {
-  const bool whole = !read_in_place(l) && l.page_size == kPositions;
+int64_t ahead_bytes(const PageLayout& l, const Tile& t) {
+  const bool whole = !read_in_place(l, t) && l.page_size == kPositions;
   return whole ? l.head_bytes : int64_t{kGroups} * l.group_bytes;
 }
 
 void find_paged(const Plan& p, const Sequence& s, int64_t h, const Tile& t, Block& b) {
   const PageLayout& l = p.state->layout;
-  const bool direct = read_in_place(l);
+  const bool direct = read_in_place(l, t);
   b.value_bytes = direct ? int64_t{b.count} * l.row_bytes : 0;
-  b.half = direct && l.format == CacheFormat::f16;
-  b.value_stride = p.value_padded;
+  b.format = direct ? l.format : CacheFormat::f32;
+  b.value_stride = b.format == CacheFormat::q8_0 ? l.row_bytes : p.value_padded;
   for (int g = 0; kGroup * g < b.count; ++g) {
     const int64_t first = b.first + kGroup * g;
     if (direct) {
@@ -116,7 +116,7 @@ Block find_block(const Plan& p, const Sequence& s, int64_t h, const Span& span, 
   b.first = n * kPositions;
   b.count = static_cast<int>(smaller(kPositions, span.keys_end - b.first));
   b.ahead = n + 1 < span.blocks_end ? keys_at(p, s, h, b.first + kPositions) : nullptr;
-  if (b.ahead) b.ahead_bytes = ahead_bytes(p.state->layout);
+  if (b.ahead) b.ahead_bytes = ahead_bytes(p.state->layout, t);
   if (p.state) find_paged(p, s, h, t, b);
   else find_packed(p, s, h, b);
   return b;

@@ -54,7 +54,7 @@ LM_INLINE void widen_run(const void* from, int64_t vectors, float* __restrict to
 // f16 keys and values to f32, since each is read as often as there are queries.
 Block widen(const Tile& t, const Block& b) {
   Block wide = b;
-  wide.half = false;
+  wide.format = CacheFormat::f32;
   wide.value_stride = t.value_padded;
   for (int g = 0; kGroup * g < b.count; ++g) {
     float* k = t.keys + int64_t{g} * kGroup * t.key;
@@ -80,7 +80,7 @@ void begin_rounded(const Tile& t) {
 }
 
 void pair_block(const Tile& t, const Block& b) {
-  if (b.half) pair_all<uint16_t>(t, b);
+  if (b.format == CacheFormat::f16) pair_all<uint16_t>(t, b);
   else pair_all<float>(t, b);
 }
 
@@ -165,11 +165,12 @@ void attend_block(Tile& t, const Block& b, Partial out) {
   const bool plain = t.softcap == 0.0f && !t.bias.table && t.scale > 0.0f;
   const float scale = plain ? t.scale : 1.0f;
   if (!t.many) {
-    if (b.half) attend_positions<uint16_t>(t, b, scale, plain, out);
+    if (b.format == CacheFormat::q8_0) attend_positions<Q8>(t, b, scale, plain, out);
+    else if (b.format == CacheFormat::f16) attend_positions<uint16_t>(t, b, scale, plain, out);
     else attend_positions<float>(t, b, scale, plain, out);
     return;
   }
-  const Block wide = b.half ? widen(t, b) : b;
+  const Block wide = b.format == CacheFormat::f16 ? widen(t, b) : b;
   for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA { score_all<v.value>(t, wide, q); });
   if (!plain) prepare_scores(t, wide);
   for (int q = 0; q < t.padded; q += 16) {

@@ -21,8 +21,8 @@ constexpr int kGroups = static_cast<int>(kPositions) / kGroup;
 struct Block {
   const void* key[kGroups];    // (dim, 16 positions)
   const void* value[kGroups];  // first row of the group
-  int64_t value_stride;        // elements from row to row
-  bool half;                   // f16, else f32
+  int64_t value_stride;        // elements from row to row, q8_0: bytes
+  CacheFormat format;          // of keys and values here
   int64_t first;               // position (or index) of the first key
   int count;                   // 1 .. 64
   const void* ahead;           // keys that will be read next, or null; so many bytes

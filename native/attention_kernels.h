@@ -49,6 +49,55 @@ LM_INLINE void clear(f32x16 (&acc)[A][B]) {
 LM_INLINE f32x16 load_element(const float* p) { return load(p); }
 LM_INLINE f32x16 load_element(const uint16_t* p) { return load_f16(p); }
 
+// A group of keys, and rows of values, of elements E.
+template <class E>
+struct Keys {
+  const E* data;
+
+  LM_INLINE Keys of(const void* group, int) { return {static_cast<const E*>(group)}; }
+  LM_INLINE void scale(Keys&, int) {}  // before dims [d, d + kScaleBlock) are read
+  LM_INLINE f32x16 get(const Keys& k, int d) { return load_element(k.data + kGroup * d); }
+};
+
+// C vectors of a row of `width`, from element `at` on.
+template <int C, class E>
+LM_INLINE void load_values(const E* row, int, int64_t at, f32x16 (&out)[C]) {
+  unroll<C>([&](auto c) LM_LAMBDA { out[c] = load_element(row + at + 16 * c); });
+}
+
+// q8_0: codes, then scales in f16; multiplied as read_keys and read_values do.
+struct Q8 {
+  int8_t code;
+};
+
+template <>
+struct Keys<Q8> {
+  const int8_t* data;
+  const uint16_t* scales;
+  f32x16 d;
+
+  LM_INLINE Keys of(const void* group, int key) {
+    const int8_t* codes = static_cast<const int8_t*>(group);
+    return {codes, reinterpret_cast<const uint16_t*>(codes + key * kGroup), splat(0.0f)};
+  }
+  LM_INLINE void scale(Keys& k, int d) { k.d = load_f16(k.scales + d / kScaleBlock * kGroup); }
+  LM_INLINE f32x16 get(const Keys& k, int d) { return k.d * to_f32(load_i8(k.data + kGroup * d)); }
+};
+
+template <int C>
+LM_INLINE void load_values(const Q8* row, int width, int64_t at, f32x16 (&out)[C]) {
+  f32x16 d = splat(0.0f);
+  unroll<C>([&](auto c) LM_LAMBDA {
+    if constexpr (c % 2 == 0) {  // `at` is a multiple of 16 C: vectors 2 n and 2 n + 1 share one
+      uint16_t bits, lanes[16];
+      std::memcpy(&bits, row + width + (at + 16 * c) / kScaleBlock * 2, 2);
+      for (uint16_t& lane : lanes) lane = bits;
+      d = load_f16(lanes);
+    }
+    out[c] = d * to_f32(load_i8(row + at + 16 * c));
+  });
+}
+
 // --- lanes are positions
 
 // Memory asked for while something else is computed: the values of a block during its scores, the
@@ -77,16 +126,19 @@ LM_INLINE void score_groups(const float* const* q, int key, const void* const* g
                             float* out) {
   f32x16 acc[R][C];
   clear(acc);
-  const E* k[C];
-  unroll<C>([&](auto c) LM_LAMBDA { k[c] = static_cast<const E*>(groups[c]); });
-  for (int d = 0; d < key; ++d) {
-    Steps::step(ahead);
-    f32x16 kv[C];
-    unroll<C>([&](auto c) LM_LAMBDA { kv[c] = load_element(k[c] + kGroup * d); });
-    unroll<R>([&](auto r) LM_LAMBDA {
-      const f32x16 x = splat(q[r][d]);
-      unroll<C>([&](auto c) LM_LAMBDA { acc[r][c] = fma(x, kv[c], acc[r][c]); });
-    });
+  Keys<E> k[C];
+  unroll<C>([&](auto c) LM_LAMBDA { k[c] = Keys<E>::of(groups[c], key); });
+  for (int d = 0; d < key;) {
+    unroll<C>([&](auto c) LM_LAMBDA { Keys<E>::scale(k[c], d); });
+    for (const int end = key - d < kScaleBlock ? key : d + kScaleBlock; d < end; ++d) {
+      Steps::step(ahead);
+      f32x16 kv[C];
+      unroll<C>([&](auto c) LM_LAMBDA { kv[c] = Keys<E>::get(k[c], d); });
+      unroll<R>([&](auto r) LM_LAMBDA {
+        const f32x16 x = splat(q[r][d]);
+        unroll<C>([&](auto c) LM_LAMBDA { acc[r][c] = fma(x, kv[c], acc[r][c]); });
+      });
+    }
   }
   unroll<R>([&](auto r) LM_LAMBDA {
     unroll<C>([&](auto c) LM_LAMBDA { store(out + kBlock * r + kGroup * c, acc[r][c]); });
@@ -112,12 +164,12 @@ LM_INLINE void weigh_vectors(const float* p, const Block& b, int64_t at, Steps a
   clear(acc);
   const int64_t step = b.value_stride;
   for (int left = b.count, g = 0; left > 0; left -= kGroup, ++g, p += kGroup) {
-    const E* v = static_cast<const E*>(b.value[g]) + at;
+    const E* v = static_cast<const E*>(b.value[g]);
     const int rows = left < kGroup ? left : kGroup;
     for (int j = 0; j < rows; ++j, v += step) {
       Steps::step(ahead);
       f32x16 vv[C];
-      unroll<C>([&](auto c) LM_LAMBDA { vv[c] = load_element(v + 16 * c); });
+      load_values(v, static_cast<int>(stride), at, vv);
       unroll<R>([&](auto r) LM_LAMBDA {
         const f32x16 x = splat(p[kBlock * r + j]);
         unroll<C>([&](auto c) LM_LAMBDA { acc[r][c] = fma(x, vv[c], acc[r][c]); });
