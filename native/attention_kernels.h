@@ -145,14 +145,14 @@ LM_INLINE void score_groups(const float* const* q, int key, const void* const* g
   });
 }
 
-template <int R, class E>
-void score_rows(const float* const* q, int key, const Block& b, Steps ahead, float* out) {
+// As many groups at once as there are, up to C: one after the other would wait for its sums.
+template <int R, class E, int C = kColumns>
+void score_rows(const float* const* q, int key, const Block& b, Steps ahead, float* out,
+                int g = 0) {
   const int groups = (b.count + kGroup - 1) / kGroup;
-  int g = 0;
-  for (; g + kColumns <= groups; g += kColumns, ahead = {})
-    score_groups<R, kColumns, E>(q, key, b.key + g, ahead, out + kGroup * g);
-  for (; g < groups; ++g, ahead = {})
-    score_groups<R, 1, E>(q, key, b.key + g, ahead, out + kGroup * g);
+  for (; g + C <= groups; g += C, ahead = {})
+    score_groups<R, C, E>(q, key, b.key + g, ahead, out + kGroup * g);
+  if constexpr (C > 1) score_rows<R, E, C - 1>(q, key, b, ahead, out, g);
 }
 
 // R queries' weights times C vectors of the values: out[r][c] = sum over positions of
