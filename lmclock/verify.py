@@ -1,4 +1,4 @@
-"""Is a program sound? A table of rules, checked after assembly and after every pass.
+"""Is a program sound? A table of rules, checked after assembly and after the passes.
 
 `verify(program)` returns the program or raises ProgramError; the message names the instruction.
 Shape rules live with the
