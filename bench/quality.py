@@ -1,12 +1,12 @@
 """Perplexity and KL divergence of quantised runs against the dequantised fp32 model.
 
-    python -m bench.quality [--windows 32] [--few 2] [--only Q4_0] [--resume] [--seconds 80]
+    python -m bench.quality [--windows 32] [--only Q4_0] [--resume] [--seconds 80]
 
 wikitext-2 test in windows of 512 tokens, the second half of each scored, as llama-perplexity does.
-One stage per block format: `--windows` of the packaged file, `--few` of the files that llama.cpp's
-quantiser makes of it. The reference is transformers in fp32 on weights dequantised from the same
-file; it is itself held to lmclock's array machine. lmclock, in each of its modes, and llama.cpp see
-the same token ids, and the difference of their divergences is taken token by token.
+One stage per block format: the packaged file, and those that llama.cpp's quantiser makes of it. The
+reference is transformers in fp32 on weights dequantised from the same file; it is itself held to
+lmclock's array machine. lmclock, in each of its modes, and llama.cpp see the same token ids, and
+the difference of their divergences is taken token by token.
 """
 
 from __future__ import annotations
@@ -46,13 +46,11 @@ PEER = "llama.cpp"
 @click.command(help=__doc__)
 @options(rounds=1)
 @click.option("--windows", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--few", type=click.IntRange(1), default=2, show_default=True)
-def main(plan: Plan, windows: int, few: int) -> None:
+def main(plan: Plan, windows: int) -> None:
     store = Store("quality")
     for kind in FORMATS[:1] if plan.quick else FORMATS:
-        wanted = 1 if plan.quick else windows if kind == PACKAGED else few
         if plan.wants(kind) and not plan.late:
-            measure(store, kind, wanted, plan)
+            measure(store, kind, 1 if plan.quick else windows, plan)
     found = {kind: scores for kind in FORMATS if (scores := read(kind)) and kind in store.stages}
     store.finish(plan, "Quality beside llama.cpp", parts(found, store), goals(found))
 
@@ -295,9 +293,8 @@ def _differences(scores: dict[str, Scores]) -> Iterator[str]:
 
 
 METHOD = """SmolLM2-135M-Instruct on wikitext-2 test (raw): windows of 512 tokens, of which the \
-second half is scored; all windows of the packaged file, fewer of the files that llama.cpp's \
-quantiser made of it. KL divergence is that of the reference's distribution from the run's, in \
-nats a token. The reference is transformers in fp32 on weights dequantised from the same file. \
+second half is scored; of the packaged file and of those that llama.cpp's quantiser made of it. \
+KL divergence is that of the reference's distribution from the run's, in nats a token. The reference is transformers in fp32 on weights dequantised from the same file. \
 lmclock keeps keys and values in f16: as it comes (activations rounded to int8 per 32), in \
 invariant mode, and --precise (activations in f32); llama.cpp as it comes: keys and values in f16, \
 flash attention, n_ubatch = 512."""
