@@ -294,7 +294,8 @@ def _differences(scores: dict[str, Scores]) -> Iterator[str]:
 
 METHOD = """SmolLM2-135M-Instruct on wikitext-2 test (raw): windows of 512 tokens, of which the \
 second half is scored; of the packaged file and of those that llama.cpp's quantiser made of it. \
-KL divergence is that of the reference's distribution from the run's, in nats a token. The reference is transformers in fp32 on weights dequantised from the same file. \
+KL divergence is that of the reference's distribution from the run's, in nats a token. \
+The reference is transformers in fp32 on weights dequantised from the same file. \
 lmclock keeps keys and values in f16: as it comes (activations rounded to int8 per 32), in \
 invariant mode, and --precise (activations in f32); llama.cpp as it comes: keys and values in f16, \
 flash attention, n_ubatch = 512."""
