@@ -30,7 +30,8 @@ void prepare_scores(const Tile& t, const Block& b) {
 }
 
 template <class E>
-void attend_positions(const Tile& t, const Block& b, float scale, bool prepared, Partial out) {
+void attend_positions(const Tile& t, const Block& b, float scale, bool prepared,
+                      const Partial& out) {
   const Steps values = Steps::of(b.value_bytes ? b.value[0] : nullptr, b.value_bytes, t.key);
   const Steps keys = Steps::of(b.ahead, b.ahead_bytes, b.count);
   for_rows(t.queries, [&](auto r, int q) LM_LAMBDA {
@@ -161,7 +162,7 @@ void begin_tile(Tile& t) {
   if (t.rounded) begin_rounded(t);
 }
 
-void attend_block(Tile& t, const Block& b, Partial out) {
+void attend_block(Tile& t, const Block& b, const Partial& out) {
   const bool plain = t.softcap == 0.0f && !t.bias.table && t.scale > 0.0f;
   const float scale = plain ? t.scale : 1.0f;
   if (!t.many) {

@@ -60,7 +60,7 @@ Partial partial_at(const Tile& t, float* memory);
 void place_tile(Tile& t, float* memory);
 
 void begin_tile(Tile& t);                               // before the first block
-void attend_block(Tile& t, const Block& b, Partial out);
+void attend_block(Tile& t, const Block& b, const Partial& out);
 void merge_block(Tile& t, const Partial& block);
 
 // Rounded tiles, where this path and processor gain by them: a block's keys and values become pairs
