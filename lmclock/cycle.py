@@ -75,4 +75,11 @@ class Cycles(Sequence[Cycle]):
     @overload
     def __getitem__(self, at: slice) -> Sequence[Cycle]: ...
     def __getitem__(self, at: int | slice) -> Cycle | Sequence[Cycle]:
-        return tuple(self)[at]
+        if isinstance(at, slice):
+            return tuple(self)[at]
+        left = at + len(self) if at < 0 else at
+        for part in self.parts:
+            if 0 <= left < len(part):
+                return part[left]
+            left -= len(part)
+        raise IndexError(f"there are {len(self)} cycles, and none has the index {at}")

@@ -334,7 +334,9 @@ class TextStream:
         model.engine.check(self._request)
 
     def cancel(self) -> None:
-        """End the sequence before its next cycle; a signal handler may call this."""
+        """End the sequence, once the cycles that run in the same call have (at most about
+        `patience` seconds); a signal handler may call this.
+        """
         self._cancelled = True
 
     def _take(self, token: int) -> bool:

@@ -247,7 +247,8 @@ void attend_tiles(Frame& f, const isa::Instruction& i, Worker& w, const Plan& p,
   }
 }
 
-// Where no keys follow, the weights that the next product starts with are asked for.
+// Where no keys follow, the weights that the next product starts with are asked for; not where
+// lanes are queries: those kernels ask for nothing.
 void ask_for_weights(Worker& w, Block& b) {
   const Ahead weights = w.ahead.take(kWeightsAhead);
   b.ahead = weights.at;
@@ -274,7 +275,7 @@ void attend_blocks(Frame& f, const isa::Instruction& i, Worker& w, const Plan& p
       fill_tile(f, i, p, s, h, span, w.tile, t);
       for (int64_t n = first; n < last; ++n) {
         Block b = find_block(p, s, h, span, span.block + n, t);
-        if (n + 1 == last) ask_for_weights(w, b);
+        if (n + 1 == last && !t.many) ask_for_weights(w, b);
         attend_block(t, b, partial(t, n));
       }
       const int32_t done = static_cast<int32_t>(larger(last - first, 0));

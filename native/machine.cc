@@ -148,6 +148,12 @@ inline void stamp(int64_t& at) {
 // so that a thread that waits notices soon that it need not.
 constexpr int64_t kAheadBytes = 65536, kAskedAtOnce = 256;
 
+// The weights that the first product from instruction n on starts with.
+Ahead weights_ahead(const uint8_t* const* starts, int64_t n, int64_t last) {
+  while (n + 1 < last && !starts[n]) ++n;
+  return {starts[n], starts[n] ? starts[n] + kAheadBytes : nullptr};
+}
+
 }  // namespace
 
 // One thread's part of a run. Instructions of little work between two shared ones are done by the
@@ -156,6 +162,7 @@ template <bool kClocked>
 void Machine::interpret(const Section& s, int64_t first, int64_t last, int thread,
                         int64_t* stamps) {
   Worker& worker = workers_[static_cast<size_t>(thread)].worker;
+  worker.ahead = {};  // the run before may have left weights that are gone
   Frame alone = frame_;
   alone.threads = 1;
   Worker single = worker;
@@ -202,16 +209,13 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
     stamp<kClocked>(at[1]);
     const int64_t next = skip(n + 1, n + 1);
     // Who does them stamps them again.
-    for (int64_t k = n + 1; kClocked && k < next; ++k) at[2 * (k - n)] = at[2 * (k - n) + 1] = at[1];
+    for (int64_t k = 2; kClocked && k < 2 * (next - n); ++k) at[k] = at[1];
     if (n + 1 == last) return;
     if (next < last) {
       Ahead{reinterpret_cast<const uint8_t*>(code + next),
             reinterpret_cast<const uint8_t*>(code + next + 1)}.ask(sizeof(isa::Instruction));
-      int64_t product = next;
-      while (product + 1 < last && !starts[product]) ++product;
-      const uint8_t* weights = starts[product];
-      worker.ahead = {weights, weights ? weights + kAheadBytes : nullptr};
-      if (product == next) worker.ahead.ask(kStreamAhead);
+      worker.ahead = weights_ahead(starts, next, last);
+      if (starts[next]) worker.ahead.ask(kStreamAhead);
     }
     team_.barrier([&] { do_alone(n + 1, next); },
                   [&](auto&& waiting) {

@@ -224,7 +224,8 @@ class Machine {
   std::vector<Counter> counters_;
   std::vector<std::atomic<int32_t>> merges_;
   std::vector<Sampler> samplers_;
-  struct Private {
+  // On cache lines of its own: a thread that waits writes to its worker while others read theirs.
+  struct alignas(64) Private {
     Memory memory;
     Worker worker;
   };

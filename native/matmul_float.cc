@@ -2,7 +2,8 @@
 //
 // Per row and output there are two sums, of the first and of the second half of k, which are added
 // at the end: two chains of dependent additions keep up with memory where one does not. Each is
-// acc = fma(w, x, acc) over k in order; bf16 x bf16 goes by pairs of k (dot_bf16).
+// acc = fma(w, x, acc) over k in order; bf16 x bf16 goes by pairs of k (dot_bf16). The way through
+// f32 has one sum over all of k.
 
 #include "tables.h"
 #include "tile.h"

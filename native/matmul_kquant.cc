@@ -1,5 +1,5 @@
-// int8 tiles for q4_k, q6_k and generic16, sub-block after sub-block in k. What costs much to decode
-// (q6_k) is decoded once for several tiles of rows.
+// int8 tiles for q4_k, q6_k and generic16, sub-block after sub-block in k. What costs much to
+// decode (q6_k) is decoded once for several tiles of rows.
 
 #include "tables.h"
 #include "tile.h"
@@ -119,7 +119,7 @@ void decode_half(const uint8_t* half, f32x16 d, Q6Half& out) {
 
 // Elements decoded at a time: 20 KB. With 256 the rows are read in pieces of 512 bytes, from the
 // second-level cache, which costs 1-3 % of the peak.
-constexpr int kDecoded = 1024;
+constexpr int kDecodedElements = 1024;
 
 // T rows from x on against `count` decoded halves; continues the sums in out.
 template <int T>
@@ -142,15 +142,15 @@ void decoded_q6k(const Q6Half* halves, int count, const uint8_t* x, int64_t stri
 
 // Any number of rows, tile after tile over elements that are decoded once.
 LM_INLINE void rows_q6k(const TileArgs& args, int64_t rows) {
-  alignas(64) Q6Half halves[kDecoded / 128];
+  alignas(64) Q6Half halves[kDecodedElements / 128];
   std::memset(args.out, 0, static_cast<size_t>(64 * rows));
   const uint8_t* x = args.x;
   const uint8_t* w = args.panel;
   // What is decoded next, to arrive while this is multiplied.
-  const int64_t ahead = args.ahead | args.rows_ahead ? kDecoded / 256 * Q6_K::kBytes : 0;
-  for (int64_t left = args.width; left > 0; left -= kDecoded, x += 2 * kDecoded) {
+  const int64_t ahead = args.ahead | args.rows_ahead ? kDecodedElements / 256 * Q6_K::kBytes : 0;
+  for (int64_t left = args.width; left > 0; left -= kDecodedElements, x += 2 * kDecodedElements) {
     int count = 0;
-    for (; count < kDecoded / 128 && 128 * count < left; w += Q6_K::kBytes) {
+    for (; count < kDecodedElements / 128 && 128 * count < left; w += Q6_K::kBytes) {
       const f32x16 d = load_f16(w);
       for (int h = 0; h < 2; ++h) {
         prefetch<Q6_K::kHalf, 2>(w + Q6_K::kHalf * h, ahead);

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lmclock.cycle import Cycle
+from lmclock.cycle import Cycles
 from lmclock.engine import Engine, Event, Request, Sampling, capacity_for
 from lmclock.errors import ProgramError
 from lmclock.machines import Feed, create
@@ -17,7 +17,7 @@ from tests import tiny
 from tests.helpers import batch_of, random_weights
 
 VOCABULARY = 96
-Found = tuple[dict[int, list[Event]], list[Cycle]]
+Found = tuple[dict[int, list[Event]], Cycles]
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def engine() -> Engine:
 
 def told(of: Engine, requests: list[Request], most: int) -> Found:
     """Events of each request in the order given, and all cycles."""
-    cycles: list[Cycle] = []
-    of.on_cycles = cycles.extend
+    cycles = Cycles()
+    of.on_cycles = cycles.parts.append  # looked at once all have run: nothing may have changed them
     numbers = [of.add(request) for request in requests]
     events: dict[int, list[Event]] = {at: [] for at in range(len(numbers))}
     while of.busy:
@@ -121,3 +121,16 @@ def test_a_burst_ends_within_the_time_it_has(engine: Engine) -> None:
     took = (cycle.stamps[4] - cycle.stamps[0]) / engine.machine.traits.tick_rate
     assert len(engine.step(32, within=3.5 * took)) == 3
     assert len(engine.step(32, within=1e6)) == 6  # the page is full
+
+
+def test_cycles_are_found_by_number(engine: Engine) -> None:
+    _, cycles = told(engine, requests(), 16)
+    every = list(cycles)
+    assert len(cycles.parts) < len(cycles) == len(every)
+    for n in range(-len(every), len(every)):
+        assert cycles[n] is every[n]
+    assert list(cycles[1:-1:2]) == every[1:-1:2]
+    assert not Cycles()
+    for n in (len(every), -len(every) - 1):
+        with pytest.raises(IndexError, match=f"none has the index {n}"):
+            cycles[n]
