@@ -25,7 +25,7 @@ struct Block {
   CacheFormat format;          // of keys and values here
   int64_t first;               // position (or index) of the first key
   int count;                   // 1 .. 64
-  const void* ahead;           // keys that will be read next, or null; so many bytes
+  const void* ahead;           // what is read next, keys or weights, or null; so many bytes
   int64_t ahead_bytes;
   int64_t value_bytes;         // of this block's values where they still lie in memory, else 0
 };
