@@ -112,8 +112,12 @@ def fuzz_by_coverage(seconds: float, corpus: Path, folder: Path) -> None:
     """Does not return: libFuzzer ends the process, with code 0 when it found nothing."""
     import atheris
 
+    # Finders that are objects are an editable install's, whose loader leaves nothing instrumented.
+    sys.meta_path = [finder for finder in sys.meta_path if isinstance(finder, type)]
     with atheris.instrument_imports(include=["lmclock"]):
-        import lmclock.files  # noqa: F401
+        import lmclock.files.gguf
+    loader = type(lmclock.files.gguf.__loader__).__name__
+    assert loader == "AtherisSourceFileLoader", f"not instrumented, but loaded by {loader}"
     corpus.mkdir(parents=True, exist_ok=True)
     for number, raw in enumerate(seeds()):
         (corpus / f"seed-{number}").write_bytes(raw)
