@@ -28,7 +28,7 @@ from lmclock.assemble import Assembled
 from lmclock.capacity import DEFAULT_CONTEXT, capacity_of
 from lmclock.cycle import Cycle, Cycles
 from lmclock.engine import Engine, Event, Request
-from lmclock.engine.burst import LONGEST
+from lmclock.engine.burst import BURST, LONGEST
 from lmclock.engine.sampling import sampling_of
 from lmclock.errors import LmclockError, OptionError, UnsupportedError
 from lmclock.machines import Capacity, Machine, create
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from lmclock.translate import Translation, Translator
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-BURST = 32  # cycles in one call of the machine: see engine/burst.py
 FRAME = 1 / 60  # seconds: text that comes together within a frame of a screen looks steady
 LISTING = ".lmc"  # ending of a program written by hand
 

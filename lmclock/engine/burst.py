@@ -27,6 +27,7 @@ from lmclock.engine.request import Event
 from lmclock.engine.write_back import Outcome, write_back
 from lmclock.machines import Feed, Machine, Ticks
 
+BURST = 32  # cycles in one call of the machine: longer ones gain nothing
 LONGEST = 0.1  # seconds: so long may a caller wait before it can cancel
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from lmclock.clock import Clock
-from lmclock.cycle import Cycle
+from lmclock.cycle import Cycle, Cycles
 from lmclock.engine import Engine, Request
+from lmclock.engine.burst import BURST
 from lmclock.errors import LmclockError, OptionError
 from lmclock.machines import Traits
 from lmclock.program import Program
@@ -72,14 +73,17 @@ def measure(engine: Engine, test: Test, rng: np.random.Generator) -> list[Cycle]
     return timed
 
 
-def _run(engine: Engine, request: Request) -> list[Cycle]:
-    cycles: list[Cycle] = []
-    before, engine.on_cycles = engine.on_cycles, cycles.extend
+def _run(engine: Engine, request: Request) -> Sequence[Cycle]:
+    """The cycles of a request, in bursts as a whole reply is generated."""
+    cycles = Cycles()
+    before, engine.on_cycles = engine.on_cycles, cycles.parts.append
     try:
         engine.add(request)
-        for event in engine.run():
-            if event.finish == "error":
-                raise LmclockError(event.message)
+        while engine.busy:
+            engine.step(BURST)
+            for event in engine.events:
+                if event.finish == "error":
+                    raise LmclockError(event.message)
     finally:
         engine.on_cycles = before
     return cycles
