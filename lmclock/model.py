@@ -90,13 +90,11 @@ def load(
     with ExitStack() as undo:
         maker = create(machine, **options)
         undo.callback(maker.close)
-        assembled = read(model, cache, weights, pooled(pooling, normalize))
+        assembled = read(model, cache, weights, pooled(pooling, normalize), checked=False)
         most = assembled.program.context or DEFAULT_CONTEXT
         if context > most:
             raise OptionError(f"context={context} is more than the model was made for, {most}")
-        program = optimise(
-            assembled.program, level, keep, verified=not weights, invariant=invariant
-        )
+        program = optimise(assembled.program, level, keep, invariant=invariant)
         if context:  # pages round it up: what does not fit is to be said by this number
             program = replace(program, context=context)
         capacity = capacity_of(program, sequences, context, most, chunk, picks)

@@ -21,10 +21,16 @@ Change = Callable[[ModelConfig], ModelConfig]
 
 
 def read(
-    model: str, cache: str = "f16", weights: str | None = None, change: Change | None = None
+    model: str,
+    cache: str = "f16",
+    weights: str | None = None,
+    change: Change | None = None,
+    checked: bool = True,
 ) -> Assembled:
-    """What the files of a model say, its float weights rounded to `weights` where that is given."""
-    found = assemble(pull(model), cache, change)
+    """What the files of a model say, its float weights rounded to `weights` where that is given.
+    Not `checked`: see `assemble`.
+    """
+    found = assemble(pull(model), cache, change, checked)
     if weights is None:
         return found
     from lmclock.passes.quantize import quantize

@@ -1,4 +1,4 @@
-"""Is a program sound? A table of rules, checked after assembly and after the passes.
+"""Is a program sound? A table of rules, checked after the passes, or after assembly where none run.
 
 `verify(program)` returns the program or raises ProgramError; the message names the instruction.
 Shape rules live with the

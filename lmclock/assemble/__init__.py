@@ -59,9 +59,11 @@ def assemble(
     source: Reader | str | Path,
     cache: str = "f16",
     change: Callable[[ModelConfig], ModelConfig] | None = None,
+    checked: bool = True,
 ) -> Assembled:
     """The program of a model's folder or file, keys and values cached in format `cache`; `change`
-    may put in what the files leave open.
+    may put in what the files leave open. Not `checked`: the program is still to be verified, as
+    `optimise` does with what it makes of it.
 
     FileError for files that are damaged, incomplete or contradict themselves, UnsupportedError for
     models and options lmclock lacks.
@@ -88,7 +90,7 @@ def assemble(
         sections=tuple(Section(n, tuple(code)) for n, code in builder.sections.items()),
         context=config.context,
     )
-    return Assembled(verify(program), builder.views, config, reader, notes)
+    return Assembled(verify(program) if checked else program, builder.views, config, reader, notes)
 
 
 def read_config(reader: Reader) -> ModelConfig:

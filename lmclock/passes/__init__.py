@@ -32,23 +32,20 @@ def optimise(
     program: Program,
     level: int = 2,
     keep: tuple[str, ...] = (),
-    verified: bool = False,
     invariant: bool = False,
 ) -> Program:
-    """The program at -O`level`; values named in `keep` keep a register of their own. `verified`
-    says that the program has been checked, as `assemble` does. `invariant` leaves out what makes
-    the bits of a row depend on the chunks of its prompt.
+    """The program at -O`level`, verified; values named in `keep` keep a register of their own.
+    `invariant` leaves out what makes the bits of a row depend on the chunks of its prompt.
 
-    OptionError when the level is unknown, ProgramError when a pass breaks a rule.
+    OptionError when the level is unknown, ProgramError when the program or a pass breaks a rule.
     """
     if level not in LEVELS:
         raise OptionError(f"optimisation level {level!r} is unknown; valid: {choices(LEVELS)}")
-    if not verified:
-        verify(program)
     steps = [step for step in LEVELS[level] if not (invariant and step in VARIANT)]
     try:
         return verify(_run(program, steps, keep))
     except Exception:
+        verify(program)
         for number, step in enumerate(steps):  # a sound program took one verification, not four
             try:
                 program = verify(_run(program, steps[number : number + 1], keep))
