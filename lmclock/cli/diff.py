@@ -8,7 +8,7 @@ from contextlib import closing
 import click
 
 from lmclock.cli import options
-from lmclock.debug.diff import TOLERANCE, Difference, diff
+from lmclock.debug.diff import ROUNDED, TOLERANCE, Difference, diff
 from lmclock.machines import MACHINES, create
 from lmclock.probe import work_of
 
@@ -31,8 +31,7 @@ from lmclock.probe import work_of
 @click.option(
     "--tolerance",
     type=click.FloatRange(0),
-    default=TOLERANCE,
-    show_default=True,
+    show_default=f"{TOLERANCE:g}; {ROUNDED:g} where activations are rounded to int8",
     help="Largest normalised mean square error (NMSE) that is no divergence.",
 )
 @click.option("--accumulate", is_flag=True, help="Let b go on with its own numbers.")
@@ -51,7 +50,7 @@ def command(
     second: str,
     prompt: str | None,
     steps: int,
-    tolerance: float,
+    tolerance: float | None,
     accumulate: bool,
     worst: int,
     as_json: bool,
@@ -85,7 +84,7 @@ def _print(
     diverged: Difference | None,
     first: str,
     second: str,
-    tolerance: float,
+    tolerance: float | None,
     worst: int,
 ) -> None:
     def row(*cells: object) -> None:
@@ -96,10 +95,11 @@ def _print(
     for d in sorted(found, key=lambda d: -d.nmse)[:worst]:
         row(f"{d.nmse:.1e}", f"{d.largest:.1e}", d.cycle, d.section, d.number, d.text)
     if diverged is None:
-        click.echo(f"no instruction diverges (NMSE <= {tolerance:g})")
+        most = max((d.limit(tolerance) for d in found), default=TOLERANCE)
+        click.echo(f"no instruction diverges (NMSE <= {most:g})")
         return
     click.echo(
         f"first to diverge: cycle {diverged.cycle}, {diverged.section} instruction "
-        f"{diverged.number}, value {diverged.value}, NMSE {diverged.nmse:.1e} > {tolerance:g}: "
-        f"{diverged.text}"
+        f"{diverged.number}, value {diverged.value}, NMSE {diverged.nmse:.1e} > "
+        f"{diverged.limit(tolerance):g}: {diverged.text}"
     )
