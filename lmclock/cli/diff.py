@@ -8,7 +8,7 @@ from contextlib import closing
 import click
 
 from lmclock.cli import options
-from lmclock.debug.diff import ROUNDED, TOLERANCE, Difference, diff
+from lmclock.debug.diff import TOLERANCE, Difference, diff
 from lmclock.machines import MACHINES, create
 from lmclock.probe import work_of
 
@@ -31,7 +31,8 @@ from lmclock.probe import work_of
 @click.option(
     "--tolerance",
     type=click.FloatRange(0),
-    show_default=f"{TOLERANCE:g}; {ROUNDED:g} where activations are rounded to int8",
+    default=TOLERANCE,
+    show_default=True,
     help="Largest normalised mean square error (NMSE) that is no divergence.",
 )
 @click.option("--accumulate", is_flag=True, help="Let b go on with its own numbers.")
@@ -50,7 +51,7 @@ def command(
     second: str,
     prompt: str | None,
     steps: int,
-    tolerance: float | None,
+    tolerance: float,
     accumulate: bool,
     worst: int,
     as_json: bool,
@@ -84,7 +85,7 @@ def _print(
     diverged: Difference | None,
     first: str,
     second: str,
-    tolerance: float | None,
+    tolerance: float,
     worst: int,
 ) -> None:
     def row(*cells: object) -> None:
@@ -95,11 +96,10 @@ def _print(
     for d in sorted(found, key=lambda d: -d.nmse)[:worst]:
         row(f"{d.nmse:.1e}", f"{d.largest:.1e}", d.cycle, d.section, d.number, d.text)
     if diverged is None:
-        most = max((d.limit(tolerance) for d in found), default=TOLERANCE)
-        click.echo(f"no instruction diverges (NMSE <= {most:g})")
+        click.echo(f"no instruction diverges (NMSE <= {tolerance:g})")
         return
     click.echo(
         f"first to diverge: cycle {diverged.cycle}, {diverged.section} instruction "
-        f"{diverged.number}, value {diverged.value}, NMSE {diverged.nmse:.1e} > "
-        f"{diverged.limit(tolerance):g}: {diverged.text}"
+        f"{diverged.number}, value {diverged.value}, NMSE {diverged.nmse:.1e} > {tolerance:g}: "
+        f"{diverged.text}"
     )

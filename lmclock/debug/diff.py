@@ -22,9 +22,6 @@ from lmclock.machines import Capacity, Machine, Tensor
 from lmclock.program import Program
 
 TOLERANCE = 1e-7
-# Of an instruction that rounds activations to int8: one that lies between two codes may become
-# either on a machine that sums in another order, and one such code is an NMSE near 1e-6.
-ROUNDED = 1e-5
 PAGE = 64
 
 
@@ -41,15 +38,9 @@ class Difference:
     nmse: float
     largest: float  # largest absolute difference
     section: str = "step"
-    rounded: bool = False  # the instruction rounds activations to int8
 
-    def limit(self, tolerance: float | None = None) -> float:
-        """The largest NMSE that is no divergence: what is given, or what is usual for it."""
-        usual = ROUNDED if self.rounded else TOLERANCE
-        return usual if tolerance is None else tolerance
-
-    def diverges(self, tolerance: float | None = None) -> bool:
-        return not self.nmse <= self.limit(tolerance)
+    def diverges(self, tolerance: float = TOLERANCE) -> bool:
+        return not self.nmse <= tolerance
 
 
 def diff(
@@ -138,10 +129,10 @@ def _instruction(
     a.run(section, number, number + 1)
     b.run(section, number, number + 1)
     found = []
-    rounded = "act" in i.row.attrs and i["act"] == "q8_32"
     for name in i.outs:
         x, y = a.read(name), b.read(name)
-        found.append(Difference(cycle, number, assembly(i), name, *compare(x, y), section, rounded))
+        entry = Difference(cycle, number, assembly(i), name, *compare(x, y), section=section)
+        found.append(entry)
         if not accumulate:
             b.write(name, x)  # the next instructions start from the same numbers
     return found
