@@ -25,7 +25,6 @@ from bench.plots import Axes, Series, draw
 from bench.stages import Goal, Plan, Stage, Store, best, options, quotient
 
 if TYPE_CHECKING:
-    from lmclock.cycle import Cycle
     from lmclock.model import Model
 
 SEQUENCES = (1, 2, 4, 8, 16, 32)
@@ -95,13 +94,11 @@ def decode_seconds(model: Model, prompts: Sequence[list[int]]) -> float:
     """Seconds of NEW cycles in which every sequence decodes."""
     from lmclock.engine import Request
 
-    cycles: list[Cycle] = []
-    before, model.engine.on_cycles = model.engine.on_cycles, cycles.extend
-    for prompt in prompts:
-        model.engine.add(Request(prompt, NEW + 1, ignore_eos=True))
-    for event in model.engine.run():
-        assert event.finish != "error", event.message
-    model.engine.on_cycles = before
+    with model.engine.heard() as cycles:
+        for prompt in prompts:
+            model.engine.add(Request(prompt, NEW + 1, ignore_eos=True))
+        for event in model.engine.run():
+            assert event.finish != "error", event.message
     whole = [c for c in cycles if c.kind == "decode" and c.decode_rows == len(prompts)]
     assert whole, "no cycle decoded all sequences"
     # From the first fetch to the last write-back, as if exactly NEW of them had run.

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmclock import shapes
+import lmclock.shapes as shapes
 from lmclock.errors import ProgramError, choices
 from lmclock.shapes import Type
 

@@ -73,7 +73,7 @@ def probe(
 
 def _cycles(
     model: Model, work: Work, max_new_tokens: int, ignore_eos: bool = False, **sampling: Any
-) -> tuple[Cycle, ...]:
+) -> Sequence[Cycle]:
     """The cycles of a request; new tokens come only from a program that samples."""
     facts = model.engine.facts
     new = 0 if facts.next is None else max_new_tokens if facts.carries else min(max_new_tokens, 1)
@@ -81,13 +81,9 @@ def _cycles(
     request = Request(
         work.ids, new, sampling_of(sampling), ends, ignore_eos, work.source, work.inputs
     )
-    seen: list[Cycle] = []
-    before, model.engine.on_cycles = model.engine.on_cycles, seen.extend
-    try:
+    with model.engine.heard() as cycles:
         number = model.engine.add(request)
         for event in model.engine.run():
             if event.sequence == number and event.finish == "error":
                 raise LmclockError(event.message)
-    finally:
-        model.engine.on_cycles = before
-    return tuple(seen)
+    return cycles

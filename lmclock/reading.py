@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lmclock import text
+import lmclock.text as text
 from lmclock.assemble import Assembled, assemble
 from lmclock.config import ModelConfig
 from lmclock.files import GGUF

@@ -14,8 +14,9 @@ namespace lmclock::LMCLOCK_PATH {
 constexpr int kGroups = static_cast<int>(kPositions) / kGroup;
 
 // act=bf16 (attention_rounded.h) has another order, which does not depend on the tile either: an
-// output is one chain over all positions, rescaled where a block raises the maximum. Which sequences
-// are computed so depends on their rows in the cycle, so chunks change the bits, company does not.
+// output is one chain over all positions, rescaled where a block raises the maximum. Which
+// sequences are computed so depends on their rows in the cycle, so chunks change the bits, company
+// does not.
 
 // Keys and values of up to 64 positions of one head. Groups past the last position are not read.
 struct Block {

@@ -86,6 +86,7 @@ struct Keys<Q8> {
 
 template <int C>
 LM_INLINE void load_values(const Q8* row, int width, int64_t at, f32x16 (&out)[C]) {
+  static_assert(C == 1 || C % 2 == 0, "two vectors share a scale");
   f32x16 d = splat(0.0f);
   unroll<C>([&](auto c) LM_LAMBDA {
     if constexpr (c % 2 == 0) {  // `at` is a multiple of 16 C: vectors 2 n and 2 n + 1 share one

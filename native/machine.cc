@@ -156,6 +156,16 @@ Ahead weights_ahead(const uint8_t* const* starts, int64_t n, int64_t last) {
 
 }  // namespace
 
+bool Machine::little(const Section& s, int64_t n) const {
+  const Alone& a = s.alone[static_cast<size_t>(n)];
+  return frame_.rows[a.space].count <= a.rows;
+}
+
+bool Machine::few(const Section& s, int32_t store) const {
+  const Value& keys = s.values[static_cast<size_t>(s.code[static_cast<size_t>(store)].ins[0])];
+  return frame_.rows[keys.space].count <= kAskedRows;
+}
+
 // One thread's part of a run. Instructions of little work between two shared ones are done by the
 // thread that comes last to the barrier, so that they cost no barrier of their own.
 template <bool kClocked>
@@ -169,14 +179,6 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
   single.thread = 0;
   const isa::Instruction* code = s.code.data();
   const uint8_t* const* starts = s.starts.data() + thread * static_cast<int64_t>(s.code.size());
-  const auto little = [&](int64_t n) {
-    const Alone& a = s.alone[static_cast<size_t>(n)];
-    return frame_.rows[a.space].count <= a.rows;
-  };
-  const auto few = [&](int32_t store) {
-    const Value& keys = s.values[static_cast<size_t>(code[store].ins[0])];
-    return frame_.rows[keys.space].count <= kAskedRows;
-  };
   const auto do_alone = [&](int64_t from, int64_t to) {
     int64_t* at = stamps + 2 * (from - first);
     if (from < to) stamp<kClocked>(at[0]);
@@ -191,7 +193,7 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
     }
   };
   const auto skip = [&](int64_t from, int64_t to) {
-    while (to < last && little(to)) ++to;
+    while (to < last && little(s, to)) ++to;
     return to > from ? to : from;
   };
   int64_t n = skip(first, first);
@@ -203,7 +205,7 @@ void Machine::interpret(const Section& s, int64_t first, int64_t last, int threa
   while (n < last) {
     int64_t* at = stamps + 2 * (n - first);
     stamp<kClocked>(at[0]);
-    if (const int32_t store = s.stores[static_cast<size_t>(n)]; store >= 0 && few(store))
+    if (const int32_t store = s.stores[static_cast<size_t>(n)]; store >= 0 && few(s, store))
       ops_->ask_to_store(frame_, code[store], worker);
     ops_->run[code[n].op](frame_, code[n], worker);
     stamp<kClocked>(at[1]);

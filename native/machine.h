@@ -194,6 +194,10 @@ class Machine {
   void advance(const Feed& feed, const int32_t* tokens);
   template <bool kClocked>
   void interpret(const Section& section, int64_t first, int64_t last, int thread, int64_t* stamps);
+  // Whether an instruction is too little work to be shared out, and whether a `store` is of so few
+  // rows that its memory is worth asking for ahead.
+  bool little(const Section& section, int64_t instruction) const;
+  bool few(const Section& section, int32_t store) const;
   void check_state(const Section& section, const isa::Instruction& i);
   // What `value` of a section is called in holder_.
   int64_t holder_of(int section, int32_t value) const {

@@ -194,8 +194,10 @@ LM_INLINE int32_t reduce_max(i32x16 x) {
 // Between the quarters of 4 lanes. Lane i of quarter q of x[j] becomes lane j of quarter q of x[i].
 #define LM_HAS_QUARTERS
 LM_INLINE void turn_quarters(i32x16 (&x)[4]) {
-  const __m512i a = _mm512_unpacklo_epi32(x[0].v, x[1].v), b = _mm512_unpacklo_epi32(x[2].v, x[3].v);
-  const __m512i c = _mm512_unpackhi_epi32(x[0].v, x[1].v), d = _mm512_unpackhi_epi32(x[2].v, x[3].v);
+  const __m512i a = _mm512_unpacklo_epi32(x[0].v, x[1].v);
+  const __m512i b = _mm512_unpacklo_epi32(x[2].v, x[3].v);
+  const __m512i c = _mm512_unpackhi_epi32(x[0].v, x[1].v);
+  const __m512i d = _mm512_unpackhi_epi32(x[2].v, x[3].v);
   x[0].v = _mm512_unpacklo_epi64(a, b);
   x[1].v = _mm512_unpackhi_epi64(a, b);
   x[2].v = _mm512_unpacklo_epi64(c, d);

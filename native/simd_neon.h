@@ -28,7 +28,9 @@ LM_INLINE V quarters(F&& f) {
 #define LM_QUARTERS(type, expression) \
   quarters<type>([&](auto i) LM_LAMBDA { return expression; })
 
-LM_INLINE f32x16 splat(float x) { return LM_QUARTERS(f32x16, (static_cast<void>(i), vdupq_n_f32(x))); }
+LM_INLINE f32x16 splat(float x) {
+  return LM_QUARTERS(f32x16, (static_cast<void>(i), vdupq_n_f32(x)));
+}
 LM_INLINE f32x16 load(const float* p) { return LM_QUARTERS(f32x16, vld1q_f32(p + 4 * i)); }
 LM_INLINE f32x16 load_n(const float* p, int n) {
   float v[16] = {};

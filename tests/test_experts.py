@@ -202,8 +202,10 @@ def test_k_quants_of_experts_from_a_file(tmp_path: Path) -> None:
         write()
     model = assemble(tmp_path / "tiny.gguf", cache="f32")
     assert model.program.weight_table["blk.0.ffn_gate_exps"].format == "q4_k"
-    program = optimise(model.program, 2, invariant=True)
-    runs = [Runner(program, model.weights, name).cycle({"a": TOKENS}, pick="all")["a"]
-            for name in ("array", "native")]  # fmt: skip
-    # Sums of f32 weights differ in their last bits, and a code on the edge of its rounding moves.
-    assert arithmetic_error(runs[1], runs[0]) < 1e-4
+    # Sums of f32 weights differ in their last bits, and at -O2 a code on the edge of its rounding
+    # moves.
+    for level, bound in ((1, 1e-6), (2, 1e-4)):
+        program = optimise(model.program, level, invariant=True)
+        runs = [Runner(program, model.weights, name).cycle({"a": TOKENS}, pick="all")["a"]
+                for name in ("array", "native")]  # fmt: skip
+        assert arithmetic_error(runs[1], runs[0]) < bound, level

@@ -15,6 +15,7 @@ An engine belongs to one thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from lmclock.batch import Batch
 from lmclock.cache import Cache
-from lmclock.cycle import Cycle, Run
+from lmclock.cycle import Cycle, Cycles, Run
 from lmclock.engine.burst import LONGEST, Burst, Records, burst_length
 from lmclock.engine.decode import Decoder
 from lmclock.engine.facts import read_facts
@@ -173,6 +174,16 @@ class Engine:
             outcome.prompt_rows, outcome.decode_rows, outcome.retired, tuple(outcome.decoding),
         )  # fmt: skip
         return self._record([cycle], cycle.stamps[4] - begin)
+
+    @contextmanager
+    def heard(self) -> Iterator[Cycles]:
+        """The cycles of what runs inside, which nobody else hears."""
+        cycles = Cycles()
+        before, self.on_cycles = self.on_cycles, cycles.parts.append
+        try:
+            yield cycles
+        finally:
+            self.on_cycles = before
 
     def _burst_length(self, plan: Plan, most: int, within: float) -> int:
         """How many cycles run in one call."""

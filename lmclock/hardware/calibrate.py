@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from lmclock import settings
+import lmclock.settings as settings
 from lmclock.batch import Batch, Rows
 from lmclock.errors import OptionError, choices
 from lmclock.hardware.limits import Limits, Measured

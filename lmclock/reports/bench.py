@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lmclock.clock import Clock
-from lmclock.cycle import Cycle, Cycles
+from lmclock.cycle import Cycle
 from lmclock.engine import Engine, Request
 from lmclock.engine.burst import BURST
 from lmclock.errors import LmclockError, OptionError
@@ -75,17 +75,13 @@ def measure(engine: Engine, test: Test, rng: np.random.Generator) -> list[Cycle]
 
 def _run(engine: Engine, request: Request) -> Sequence[Cycle]:
     """The cycles of a request, in bursts as a whole reply is generated."""
-    cycles = Cycles()
-    before, engine.on_cycles = engine.on_cycles, cycles.parts.append
-    try:
+    with engine.heard() as cycles:
         engine.add(request)
         while engine.busy:
             engine.step(BURST)
             for event in engine.events:
                 if event.finish == "error":
                     raise LmclockError(event.message)
-    finally:
-        engine.on_cycles = before
     return cycles
 
 

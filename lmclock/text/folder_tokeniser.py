@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lmclock.text.classic as classic
+import lmclock.text.marian as marian
+import lmclock.text.words as words
 from lmclock.errors import FileError, UnsupportedError, choices
-from lmclock.text import classic, marian, words
 from lmclock.text.pipeline import (
     MODELS,
     build_model,

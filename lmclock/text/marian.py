@@ -13,8 +13,8 @@ import base64
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import lmclock.text.sentencepiece as sentencepiece
 from lmclock.errors import FileError, UnsupportedError
-from lmclock.text import sentencepiece
 from lmclock.text.sentencepiece import CONTROL, UNIGRAM, UNKNOWN, UNUSED, USER, SentencePiece
 from lmclock.text.specials import Special, Specials
 from lmclock.text.tokeniser import Tokeniser
