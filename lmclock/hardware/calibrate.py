@@ -34,7 +34,8 @@ from lmclock.passes import optimise
 FOOTPRINTS = tuple(1 << k for k in range(18, 30))  # 256 KiB to 512 MiB
 KINDS = ("int8", "bf16", "f32")
 PIECE_NS = 4_000_000  # a timed piece lasts about this long, so that starting threads is noise
-VERSION = 1
+SETTLE_NS = 200_000_000  # the longest time that a footprint is read before it is timed
+VERSION = 2
 Work = Callable[[int], int]  # thread number -> amount done
 Job = Callable[[int], Work]  # repeats -> work
 
@@ -69,6 +70,7 @@ def calibrate(
             if progress:
                 progress(f"round {number + 1} of {repetitions}")
             for name, job in jobs.items():
+                crew.settle(job(1))
                 samples[name].append(crew.rate(job(scale[name])))
     measured = {name: _summary(rates) for name, rates in samples.items()}
     return Limits(
@@ -152,7 +154,8 @@ def _summary(rates: Sequence[float]) -> Measured:
 
 def _huge_buffer(size: int) -> np.ndarray:
     """Zeroed bytes on huge pages where the system grants them, as the machine keeps its weights."""
-    pages = mmap.mmap(-1, size)
+    # Private: shared memory, which Python's mmap gives by default, gets no huge pages.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     buffer = np.frombuffer(pages, np.uint8)
@@ -215,6 +218,17 @@ class _Crew:
             if spent > PIECE_NS // 2 or passes >= 1 << 20:
                 return max(1, round(passes * PIECE_NS / spent))
             passes *= 2
+
+    def settle(self, work: Work) -> None:
+        """Repeat work until it gets no faster: what was read before has to leave the caches, and a
+        last-level cache that learns what to keep takes tens of passes over what fits in it.
+        """
+        end = time.perf_counter_ns() + SETTLE_NS
+        best, stale = 0.0, 0
+        while stale < 4 and time.perf_counter_ns() < end:
+            rate = self.rate(work)
+            stale = 0 if rate > 1.02 * best else stale + 1
+            best = max(best, rate)
 
     def __enter__(self) -> _Crew:
         return self
