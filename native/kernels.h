@@ -38,6 +38,9 @@ extern const int64_t rows_ahead;
 // Whether vdpbf16ps does twice the work of a fused multiply-add in the same time: on Zen 4 it does
 // (469 against 235 GOPS of two cores), on Sapphire Rapids it is the slower one (181 against 389).
 extern const bool bf16_dots_fast;
+// Whether adding two integer vectors takes a port that multiplies, so that tiles run kChainRows rows
+// through whole chains of dot products (simd_avx512.h has the figures).
+extern const bool whole_chains;
 constexpr int64_t kRoundBlock = 32;  // elements that share one activation scale
 
 // How a matrix lies in memory once packed. GGUF formats without a layout of their own become

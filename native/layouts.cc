@@ -143,6 +143,7 @@ std::vector<const Kernels*> find_kernels() {
 const int64_t stream_ahead = is_intel() ? kStreamAhead : 0;
 const int64_t rows_ahead = is_intel() ? 0 : kStreamAhead;
 const bool bf16_dots_fast = !is_intel();
+const bool whole_chains = is_intel();
 
 Layout layout_of(int format) {
   for (int i = 0; i < kLayouts; ++i)

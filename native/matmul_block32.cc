@@ -7,7 +7,7 @@ namespace lmclock::LMCLOCK_PATH {
 
 namespace {
 
-template <class L>
+template <class L, int R>
 struct Block32 {
   template <int T>
   static void tile(const TileArgs& args) {
@@ -20,7 +20,7 @@ struct Block32 {
       prefetch<L::kBytes>(w, args);
       BlockCodes b;
       L::load_block(w, b);
-      step32<L::kBits, L::kOffset, L::kMin>(acc, b.d, b.m, b.g, rows);
+      step32<R, L::kBits, L::kOffset, L::kMin>(acc, b.d, b.m, b.g, rows);
       RowSet<T>::next(rows);
     }
     store_all(args.out, acc);
@@ -28,17 +28,21 @@ struct Block32 {
 };
 
 template <class L>
-constexpr Tiles kTiles = make_tiles<Block32<L>>();
+const Tiles& tiles_of() {
+  static constexpr Tiles kChains = make_tiles<Block32<L, kChainRows>>();
+  static constexpr Tiles kOther = make_tiles<Block32<L, kDotRows>>();
+  return whole_chains ? kChains : kOther;
+}
 
 }  // namespace
 
 const Tiles& block32_tiles(Layout layout) {
   switch (layout) {
-    case Layout::q4_0: return kTiles<Q4_0>;
-    case Layout::q4_1: return kTiles<Q4_1>;
-    case Layout::q5_0: return kTiles<Q5_0>;
-    case Layout::q8_0: return kTiles<Q8_0>;
-    default: return kTiles<Generic32>;
+    case Layout::q4_0: return tiles_of<Q4_0>();
+    case Layout::q4_1: return tiles_of<Q4_1>();
+    case Layout::q5_0: return tiles_of<Q5_0>();
+    case Layout::q8_0: return tiles_of<Q8_0>();
+    default: return tiles_of<Generic32>();
   }
 }
 

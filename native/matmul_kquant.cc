@@ -40,6 +40,7 @@ void row_q4k(const TileArgs& args) {
   store(args.out, acc);
 }
 
+template <int R>
 struct TileQ4K {
   template <int T>
   static void tile(const TileArgs& args) {
@@ -58,10 +59,10 @@ struct TileQ4K {
         prefetch<Q4_K::kBytes / 4>(p, args);
         i32x16 g[8];
         unroll<8>([&](auto i) LM_LAMBDA { g[i] = load_i(p + 64 * i) & low; });
-        step32<4, 0, true>(acc, s.d[pair], s.m[pair], g, rows);
+        step32<R, 4, 0, true>(acc, s.d[pair], s.m[pair], g, rows);
         RowSet<T>::next(rows);
         unroll<8>([&](auto i) LM_LAMBDA { g[i] = shr<4>(load_i(p + 64 * i)) & low; });
-        step32<4, 0, true>(acc, s.d[pair + 1], s.m[pair + 1], g, rows);
+        step32<R, 4, 0, true>(acc, s.d[pair + 1], s.m[pair + 1], g, rows);
         RowSet<T>::next(rows);
       }
     }
@@ -210,7 +211,8 @@ struct TileGeneric16 {
   }
 };
 
-constexpr Tiles kQ4K = make_tiles<TileQ4K>(), kQ6K = make_tiles<TileQ6K>();
+constexpr Tiles kQ4KChains = make_tiles<TileQ4K<kChainRows>>();
+constexpr Tiles kQ4K = make_tiles<TileQ4K<kDotRows>>(), kQ6K = make_tiles<TileQ6K>();
 constexpr Tiles kGeneric16 = make_tiles<TileGeneric16>();
 
 }  // namespace
@@ -218,7 +220,7 @@ constexpr Tiles kGeneric16 = make_tiles<TileGeneric16>();
 const ManyRows kDecoded = {take_decoded, run_decoded, nullptr};
 
 const Tiles& kquant_tiles(Layout layout) {
-  if (layout == Layout::q4_k) return kQ4K;
+  if (layout == Layout::q4_k) return whole_chains ? kQ4KChains : kQ4K;
   return layout == Layout::q6_k ? kQ6K : kGeneric16;
 }
 

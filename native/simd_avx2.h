@@ -8,7 +8,7 @@ namespace lmclock::LMCLOCK_PATH {
 // Rows of a tile, largest first: 2 registers each for 4 sums leave 8 for codes, scales and integer
 // sums.
 constexpr int kTileRows[] = {4, 2, 1};
-constexpr int kDotRows = 4;  // of them at once through a block of 32
+constexpr int kDotRows = 4, kChainRows = 4;  // of them at once through a block of 32
 
 struct f32x16 {
   __m256 lo, hi;

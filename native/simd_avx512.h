@@ -8,7 +8,8 @@ namespace lmclock::LMCLOCK_PATH {
 // Rows of a tile, largest first: 16 sums, 8 code vectors, 2 scales, 4 integer sums and a mask fill
 // 31 of 32 registers.
 constexpr int kTileRows[] = {16, 8, 4, 2, 1};
-constexpr int kDotRows = 2;  // of them at once through a block of 32
+// Of them at once through a block of 32, and in whole chains; see dot_group.
+constexpr int kDotRows = 2, kChainRows = 4;
 
 struct f32x16 {
   __m512 v;
@@ -128,10 +129,11 @@ LM_INLINE i32x16 dot(i32x16 init, const i32x16 (&g)[N], const int8_t* x) {
   return dot_from<0>(init, g, x);
 }
 
-// sums[t] = dot(sums[t], g, x[t]) for a few rows, interleaved, 8 vectors as two sums of 4: one row
-// is a chain of N instructions of latency 4 or 5, and the scheduler (97 entries on Golden Cove)
-// does not look past enough of them to keep two ports busy. Adding the two sums costs no port of
-// theirs; on Zen 5 two rows so reach 70 % of the peak, four rows in whole chains 67 %.
+// sums[t] = dot(sums[t], g, x[t]) for a few rows, interleaved: one row is a chain of N instructions
+// of latency 4 or 5, and the scheduler (97 entries on Golden Cove) does not look past enough of them
+// to keep two ports busy. On Zen 5 two rows of 8 vectors as two sums of 4 reach 70 % of the peak,
+// four rows in whole chains 67 %: adding the two sums costs no port of theirs. On Golden Cove it
+// costs one: 55 and 58 % (q4_1), 62 and 65 % (q8_0).
 #define LM_HAS_DOT_GROUP
 #define LM_HAS_DOT_VECTOR  // one instruction for 64 products
 template <int I, int End, int T, int N, int G>
@@ -146,7 +148,7 @@ LM_INLINE void dot_group_from(i32x16 (&sums)[G], const i32x16 (&g)[N],
 }
 template <int Bits, int N, int G>
 LM_INLINE void dot_group(i32x16 (&sums)[G], const i32x16 (&g)[N], const int8_t* const (&x)[G]) {
-  constexpr int half = N < 8 ? N : N / 2;
+  constexpr int half = G > 2 || N < 8 ? N : N / 2;
   dot_group_from<0, half, 0>(sums, g, x);
   if constexpr (half < N) {
     i32x16 more[G];

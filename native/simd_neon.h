@@ -8,7 +8,7 @@ namespace lmclock::LMCLOCK_PATH {
 
 // Rows of a tile, largest first. 32 registers of 4 lanes hold what AVX2's 16 of 8 do.
 constexpr int kTileRows[] = {4, 2, 1};
-constexpr int kDotRows = 4;  // of them at once through a block of 32
+constexpr int kDotRows = 4, kChainRows = 4;  // of them at once through a block of 32
 
 struct f32x16 {
   float32x4_t q[4];

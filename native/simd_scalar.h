@@ -5,7 +5,7 @@ namespace lmclock::LMCLOCK_PATH {
 
 // Rows of a tile: there are no registers to share weights in.
 constexpr int kTileRows[] = {1};
-constexpr int kDotRows = 1;
+constexpr int kDotRows = 1, kChainRows = 1;
 
 struct f32x16 {
   float v[16];

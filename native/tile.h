@@ -105,11 +105,11 @@ LM_INLINE f32x16 scaled16(i32x16 a, i32x16 b, const f32x16 (&d)[2], const f32x16
   return t;
 }
 
-// 32 elements: N = 8 code vectors.
-template <int Bits, int Offset, bool Min, int T>
+// 32 elements: 8 code vectors, R rows at once.
+template <int R, int Bits, int Offset, bool Min, int T>
 LM_INLINE void step32(f32x16 (&acc)[T], f32x16 d, f32x16 m, const i32x16 (&g)[8],
                       const RowSet<T>& rows) {
-  constexpr int G = T < kDotRows ? T : kDotRows;
+  constexpr int G = T < R ? T : R;
   unroll<T / G>([&](auto group) LM_LAMBDA {
     i32x16 sums[G];
     const int8_t* x[G];
