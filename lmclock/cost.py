@@ -236,7 +236,7 @@ def _attend(i: Instruction, b: Bound) -> Cost:
     seen, distinct = b.visible(i)
     both = width // kv_heads  # dk + dv
     rounded = i["act"] == "bf16" and b.longest(i.ins[0]) >= ROUNDED_ROWS
-    flops = {"bf16" if rounded else "f32": float(seen * heads * (2 * both + 5))}
+    flops = {"int16" if rounded else "f32": float(seen * heads * (2 * both + 5))}
     return Cost(flops, b.weight_bytes(*i.all_weights()), distinct * width * per,
                 _moved(b, i.ins[0], i.outs[0]))  # fmt: skip
 

@@ -72,7 +72,7 @@ Block widen(const Tile& t, const Block& b) {
 }  // namespace
 
 #if defined(LM_HAS_PAIRS)
-bool rounds_attention() { return bf16_dots_fast; }
+bool rounds_attention() { return true; }
 
 void begin_rounded(const Tile& t) {
   for (int q = 0; q < t.padded; q += 16)
@@ -81,8 +81,17 @@ void begin_rounded(const Tile& t) {
 }
 
 void pair_block(const Tile& t, const Block& b) {
-  if (b.format == CacheFormat::f16) pair_all<uint16_t>(t, b);
-  else pair_all<float>(t, b);
+  if (b.format == CacheFormat::f16) pair_all<uint16_t>(t, b, !bf16_dots_fast);
+  else pair_all<float>(t, b, !bf16_dots_fast);
+}
+
+template <bool Codes>
+void weigh_rounded(const Tile& t, const Block& b, float factor) {
+  for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA {
+    soften_pairs<v.value, Codes>(t, b.count, splat(factor), q);
+  });
+  for_vectors(t.padded,
+              [&](auto v, int q) LM_LAMBDA { weigh_block<v.value, Codes>(t, b.count, q); });
 }
 
 void attend_rounded(Tile& t, const Block& b) {
@@ -91,10 +100,9 @@ void attend_rounded(Tile& t, const Block& b) {
   for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA { score_block<v.value>(t, b.count, q); });
   if (!plain) prepare_scores(t, b);
   for (int q = 0; q < t.padded; q += 16) mask_queries(t, b, q);
-  for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA {
-    soften_pairs<v.value>(t, b.count, splat(plain ? t.scale * kLog2E : kLog2E), q);
-  });
-  for_vectors(t.padded, [&](auto v, int q) LM_LAMBDA { weigh_block<v.value>(t, b.count, q); });
+  const float factor = plain ? t.scale * kLog2E : kLog2E;
+  if (bf16_dots_fast) weigh_rounded<false>(t, b, factor);
+  else weigh_rounded<true>(t, b, factor);
 }
 
 #else  // attend.cc asks before it calls them

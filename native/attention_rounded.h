@@ -6,9 +6,10 @@
 // which serves all vectors. As operands in memory they would be loaded for each product: Zen 5 does
 // two loads and two products a cycle, and reached 84 % of its peak so, 92-95 % now.
 //
-// Weights and values are bf16. Queries and keys are integers with one scale a row: as fast, and the
-// divergence from fp32 on wikitext not measurably higher than with f32 attention, where bf16
-// scores raised it by 4 % (docs/log.md).
+// Queries and keys are integers with one scale a row: as fast as bf16, and the divergence from fp32
+// on wikitext not measurably higher than with f32 attention, where bf16 scores raised it by 4 %
+// (docs/log.md). Weights and values are bf16 or, where the processor is slow at bf16, integers too:
+// weights with one scale a query, values with one an element, for each block of positions.
 #pragma once
 
 #include "attention_kernels.h"
@@ -17,8 +18,13 @@ namespace lmclock::LMCLOCK_PATH {
 
 namespace {
 
-// 2^x for x <= 0, relative error below 1.6e-4 (a bf16 rounds by 3.9e-3); 1 at 0, and 0 at -127 and
-// below, where masked scores are. Cubic in the distance to the nearest integer, own minimax fit.
+// Codes of weights and of values, so that 64 products add up to less than 2^31.
+constexpr int kWeightBits = 13;
+constexpr float kValueCode = 4095.0f;
+static_assert(kPositions * (int64_t{1} << kWeightBits) * 4095 < int64_t{1} << 31);
+
+// 2^x for x up to kWeightBits, relative error below 1.6e-4 (a bf16 rounds by 3.9e-3); exact at
+// integers, and 0 at -127 and below, where masked scores are. Cubic in the distance to the nearest integer, own minimax fit.
 LM_INLINE f32x16 rough_exp2(f32x16 x) {
   x = max(splat(-127.0f), x);  // the second operand passes NaN on
   const i32x16 n = round_i(x);
@@ -81,9 +87,37 @@ LM_INLINE void weigh_pairs(const int32_t* weights, int padded, int pairs, const 
   });
 }
 
-// Where the scales of a tile's queries and of a block's keys lie: what rounded tiles leave unused.
+// The same of integers, by the scales of the weights and of the elements.
+template <int V>
+LM_INLINE void weigh_codes(const int32_t* weights, int padded, int pairs, const int32_t* values,
+                           int stride, const float* factors, const float* scales,
+                           const float* value_scales, float* o) {
+  i32x16 acc[kBroadcasts][V];
+  unroll<kBroadcasts * V>([&](auto i) LM_LAMBDA { acc[i / V][i % V] = splat_i(0); });
+  for (int j = 0; j < pairs; ++j, weights += padded, values += stride) {
+    i32x16 w[V];
+    unroll<V>([&](auto v) LM_LAMBDA { w[v] = load_i(weights + 16 * v); });
+    unroll<kBroadcasts>([&](auto e) LM_LAMBDA {
+      const i32x16 y = splat_i(values[e]);
+      unroll<V>([&](auto v) LM_LAMBDA { acc[e][v] = dot_i16(acc[e][v], w[v], y); });
+    });
+  }
+  unroll<V>([&](auto v) LM_LAMBDA {
+    const f32x16 factor = load(factors + 16 * v), scale = load(scales + 16 * v);
+    unroll<kBroadcasts>([&](auto e) LM_LAMBDA {
+      float* to = o + e * padded + 16 * v;
+      const f32x16 more = to_f32(acc[e][v]) * splat(value_scales[e]);
+      store(to, fma(more, scale, load(to) * factor));
+    });
+  });
+}
+
+// Where scales lie, of a tile's queries and of a block's weights, keys and values: what rounded
+// tiles leave unused.
 LM_INLINE float* query_scales(const Tile& t) { return t.factors + t.padded; }
+LM_INLINE float* weight_scales(const Tile& t) { return t.block.m; }
 LM_INLINE float* key_scales(const Tile& t) { return t.block.o; }
+LM_INLINE float* value_scales(const Tile& t) { return t.block.o + kPositions; }
 
 template <int V>
 void score_block(const Tile& t, int count, int query) {
@@ -96,35 +130,51 @@ void score_block(const Tile& t, int count, int query) {
                    t.scores + j * t.padded + query);
 }
 
-template <int V>
+template <int V, bool Codes>
 void weigh_block(const Tile& t, int count, int query) {
   const int32_t* weights = reinterpret_cast<const int32_t*>(t.scores) + query;
   const int32_t* v = reinterpret_cast<const int32_t*>(t.values);
-  for (int e = 0; e < t.value_padded; e += kBroadcasts)
-    weigh_pairs<V>(weights, t.padded, (count + 1) / 2, v + e, t.value_padded, t.factors + query,
-                   t.sum.o + e * t.padded + query);
+  const int pairs = (count + 1) / 2;
+  for (int e = 0; e < t.value_padded; e += kBroadcasts) {
+    float* o = t.sum.o + e * t.padded + query;
+    if constexpr (Codes)
+      weigh_codes<V>(weights, t.padded, pairs, v + e, t.value_padded, t.factors + query,
+                     weight_scales(t) + query, value_scales(t) + e, o);
+    else
+      weigh_pairs<V>(weights, t.padded, pairs, v + e, t.value_padded, t.factors + query, o);
+  }
 }
 
 // Scores of V vectors of queries to pairs of weights, in place: a pair's row is not above its
-// scores'. Maxima are those of score * factor, powers of two; the sum is that of the rounded
-// weights. Several vectors, since a sum is a chain.
-template <int V>
+// scores'. Maxima are those of score * factor, powers of two. bf16 weights are relative to the
+// maximum so far, and their sum is that of the rounded ones. Codes are relative to the maximum of
+// the block, which keeps their precision beside a larger one elsewhere; their sum is that of the
+// weights before rounding, for codes would hide a NaN. Several vectors, since a sum is a chain.
+template <int V, bool Codes>
 LM_INLINE void soften_pairs(const Tile& t, int count, f32x16 factor, int query) {
   float* s = t.scores + query;
   const int64_t stride = t.padded;
-  f32x16 most[V], less[V], sum[V];
+  f32x16 most[V], less[V], sum[V], scale[V];
   unroll<V>([&](auto v) LM_LAMBDA { most[v] = minus_infinity(); });
   for (int j = 0; j < count; ++j)
     unroll<V>([&](auto v) LM_LAMBDA { most[v] = max(load(s + j * stride + 16 * v), most[v]); });
   unroll<V>([&](auto v) LM_LAMBDA {
+    constexpr float kLn2 = 0x1.62e43p-1f;
     const int at = query + 16 * v;
-    const f32x16 old = load(t.sum.m + at), now = max(most[v] * factor, old);
-    const f32x16 peak = select(now == minus_infinity(), splat(0.0f), now);
-    const f32x16 kept = weight((old - peak) * splat(0x1.62e43p-1f));
-    less[v] = splat(0.0f) - peak;
-    sum[v] = load(t.sum.l + at) * kept;
+    const f32x16 here = most[v] * factor, old = load(t.sum.m + at), now = max(here, old);
+    const f32x16 none = minus_infinity(), zero = splat(0.0f);
+    const f32x16 peak = select(now == none, zero, now);
+    const f32x16 kept = weight((old - peak) * splat(kLn2));
     store(t.factors + at, kept);
     store(t.sum.m + at, now);
+    sum[v] = load(t.sum.l + at) * kept;
+    less[v] = zero - peak;
+    if constexpr (Codes) {
+      scale[v] = weight((here - peak) * splat(kLn2)) * splat(1.0f / (1 << kWeightBits));
+      store(weight_scales(t) + at, scale[v]);
+      less[v] = splat(kWeightBits) - select(here == none, zero, here);
+      sum[v] = zero;
+    }
   });
   const i32x16 ones = splat_i(0x3f803f80);
   for (int j = 0; j < count; j += 2)
@@ -133,11 +183,22 @@ LM_INLINE void soften_pairs(const Tile& t, int count, f32x16 factor, int query) 
       const f32x16 a = rough_exp2(fma(load(at), factor, less[v]));
       f32x16 b = splat(0.0f);
       if (j + 1 < count) b = rough_exp2(fma(load(at + stride), factor, less[v]));
-      const i32x16 pair = pair_bf16(a, b);
+      i32x16 pair;
+      if constexpr (Codes) {
+        pair = pair_i16(round_i(a), round_i(b));
+        sum[v] = sum[v] + (a + b);
+      } else {
+        pair = pair_bf16(a, b);
+        sum[v] = dot_bf16(sum[v], pair, ones);
+      }
       store_i(s + j / 2 * stride + 16 * v, pair);
-      sum[v] = dot_bf16(sum[v], pair, ones);
     });
-  unroll<V>([&](auto v) LM_LAMBDA { store(t.sum.l + query + 16 * v, sum[v]); });
+  unroll<V>([&](auto v) LM_LAMBDA {
+    float* l = t.sum.l + query + 16 * v;
+    if constexpr (Codes)
+      sum[v] = fma(sum[v], scale[v], load(l) * load(t.factors + query + 16 * v));
+    store(l, sum[v]);
+  });
 }
 
 // From the largest magnitude of a row: what turns elements into codes, and back. A NaN or an
@@ -184,17 +245,39 @@ void pair_values(const E* v, int64_t stride, int rows, int width, int32_t* to) {
     }
 }
 
+// All values of a block as codes, with a scale for each element.
 template <class E>
-void pair_all(const Tile& t, const Block& b) {
+void code_values(const Tile& t, const Block& b) {
+  const auto row = [&](int j) LM_LAMBDA {
+    return static_cast<const E*>(b.value[j / kGroup]) + j % kGroup * b.value_stride;
+  };
+  for (int e = 0; e < t.value_padded; e += 16) {
+    i32x16 most = splat_i(0);
+    for (int j = 0; j < b.count; ++j) most = max_i(most, magnitude(load_element(row(j) + e)));
+    const Scales scale = Scales::of(most, kValueCode);
+    store(value_scales(t) + e, scale.value);
+    int32_t* to = reinterpret_cast<int32_t*>(t.values) + e;
+    for (int j = 0; j < b.count; j += 2, to += t.value_padded) {
+      const f32x16 second = j + 1 < b.count ? load_element(row(j + 1) + e) : splat(0.0f);
+      const i32x16 a = round_i(load_element(row(j) + e) * scale.code);
+      store_i(to, pair_i16(a, round_i(second * scale.code)));
+    }
+  }
+}
+
+template <class E>
+void pair_all(const Tile& t, const Block& b, bool codes) {
   const int pairs = (t.key + 1) / 2;
   for (int g = 0; kGroup * g < b.count; ++g) {
     const int rows = b.count - kGroup * g < kGroup ? b.count - kGroup * g : kGroup;
     pair_elements(static_cast<const E*>(b.key[g]), kGroup, t.key,
                   reinterpret_cast<int32_t*>(t.keys) + g * kGroup * pairs,
                   key_scales(t) + kGroup * g);
+    if (codes) continue;
     pair_values(static_cast<const E*>(b.value[g]), b.value_stride, rows, t.value_padded,
                 reinterpret_cast<int32_t*>(t.values) + g * kGroup / 2 * t.value_padded);
   }
+  if (codes) code_values<E>(t, b);
 }
 
 }  // namespace

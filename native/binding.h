@@ -36,6 +36,10 @@ void require(bool ok, const std::string& message);
 // The kernels of a path by name, the widest for none; ValueError names the valid ones.
 const Kernels& find_path(const std::optional<std::string>& path);
 
+// The calibration kernel of an arithmetic kind; ValueError names the valid ones.
+using Peak = int64_t (*)(int64_t rounds);
+Peak find_peak(const Kernels& kernels, const std::string& kind);
+
 struct Packed {
   Matrix m;
   Buffer data;

@@ -38,6 +38,9 @@ extern const int64_t rows_ahead;
 // Whether vdpbf16ps does twice the work of a fused multiply-add in the same time: on Zen 4 it does
 // (469 against 235 GOPS of two cores), on Sapphire Rapids it is the slower one (181 against 389).
 extern const bool bf16_dots_fast;
+// Whether rows rounded to bf16 are kept in f32, for the f32 kernels: where no product of bf16 pairs
+// is faster. Many rows of bf16 on Golden Cove without tiles: 187 -> 320 GOPS.
+extern const bool wide_bf16;
 // Whether adding two integer vectors takes a port that multiplies, so that tiles run kChainRows rows
 // through whole chains of dot products (simd_avx512.h has the figures).
 extern const bool whole_chains;
@@ -84,7 +87,7 @@ struct Matrix {
 // Kind of the activations a linear reads.
 //   none   plain f32 rows; weights are dequantised (any layout)
 //   q8_32  records: int8 per 32 elements with one f32 scale
-//   bf16   records: bf16, round to nearest even
+//   bf16   records: bf16, round to nearest even; in f32 where wide_bf16
 // All combinations with all layouts work; the fast ones are q8_32 with quantised layouts, bf16 with
 // bf16, none with f32, f16 and bf16.
 enum class Act : uint8_t { none, q8_32, bf16 };
@@ -161,6 +164,7 @@ struct Kernels {
   // instructions; 0 when the path has none. stream reads [data, data + bytes) once through int8 dot
   // products and returns bytes read.
   int64_t (*peak_int8)(int64_t rounds);
+  int64_t (*peak_int16)(int64_t rounds);
   int64_t (*peak_bf16)(int64_t rounds);
   int64_t (*peak_f32)(int64_t rounds);
   int64_t (*stream)(const uint8_t* data, int64_t bytes);

@@ -110,6 +110,14 @@ bool has_amx() {
 bool is_intel() { return false; }
 #endif
 
+bool has_bf16_pairs() {
+#if defined(LMCLOCK_EMULATED_TILES) || !defined(LMCLOCK_X86)
+  return true;
+#else
+  return has_amx() || (has_avx512() && !is_intel());
+#endif
+}
+
 #if defined(LMCLOCK_NEON)
 #if defined(__linux__)
 bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
@@ -143,6 +151,7 @@ std::vector<const Kernels*> find_kernels() {
 const int64_t stream_ahead = is_intel() ? kStreamAhead : 0;
 const int64_t rows_ahead = is_intel() ? 0 : kStreamAhead;
 const bool bf16_dots_fast = !is_intel();
+const bool wide_bf16 = !has_bf16_pairs();
 const bool whole_chains = is_intel();
 
 Layout layout_of(int format) {
@@ -162,7 +171,7 @@ int64_t panel_bytes(Layout layout, int64_t width) {
 }
 
 int64_t act_row_bytes(Act act, int64_t width) {
-  if (act == Act::none) return 4 * width;
+  if (act == Act::none || (act == Act::bf16 && wide_bf16)) return 4 * width;
   // q8_32: one line per block, see record.h
   const int64_t lines =
       act == Act::bf16 ? (2 * width + 2 + kAlign - 1) / kAlign : width / kRoundBlock;

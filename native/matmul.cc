@@ -16,8 +16,8 @@ const Tiles* fast_tiles(Layout layout, Act act) {
     case Layout::f32:
     case Layout::f16: return act == Act::none ? &float_tiles(layout) : nullptr;
     case Layout::bf16:
-      if (act == Act::bf16) return &bf16_tiles();
-      return act == Act::none ? &float_tiles(layout) : nullptr;
+      if (act == Act::bf16 && !wide_bf16) return &bf16_tiles();
+      return act != Act::q8_32 ? &float_tiles(layout) : nullptr;
     case Layout::q4_k:
     case Layout::q6_k:
     case Layout::generic16: return act == Act::q8_32 ? &kquant_tiles(layout) : nullptr;

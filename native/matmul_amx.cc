@@ -332,7 +332,7 @@ int64_t peak(int64_t rounds) {
 }  // namespace
 
 extern const Kernels LM_TABLE;
-const Kernels LM_TABLE = {LM_PATH, pack,       unpack_rows, round_row, amx_linear, amx_glu,
-                          apply,   peak<true>, peak<false>, peak_f32,  stream};
+const Kernels LM_TABLE = {LM_PATH, pack,       unpack_rows, round_row,   amx_linear, amx_glu,
+                          apply,   peak<true>, peak_int16,  peak<false>, peak_f32,   stream};
 
 }  // namespace lmclock::LMCLOCK_PATH

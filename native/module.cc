@@ -45,6 +45,14 @@ const Kernels& find_path(const std::optional<std::string>& path) {
       ("SIMD path '" + *path + "' is not available here; valid: " + names).c_str());
 }
 
+Peak find_peak(const Kernels& kernels, const std::string& kind) {
+  if (kind == "int8") return kernels.peak_int8;
+  if (kind == "int16") return kernels.peak_int16;
+  if (kind == "bf16") return kernels.peak_bf16;
+  require(kind == "f32", "peak '" + kind + "'; valid: int8, int16, bf16 or f32");
+  return kernels.peak_f32;
+}
+
 namespace {
 
 using IdsIn = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -235,13 +243,9 @@ FloatsOut apply(const std::string& name, FloatsIn x, const std::optional<std::st
 }
 
 int64_t peak(const std::string& kind, int64_t rounds, const std::optional<std::string>& path) {
-  const Kernels& k = find_path(path);
+  const Peak run = find_peak(find_path(path), kind);
   nb::gil_scoped_release unlocked;
-  if (kind == "int8") return k.peak_int8(rounds);
-  if (kind == "bf16") return k.peak_bf16(rounds);
-  if (kind == "f32") return k.peak_f32(rounds);
-  nb::gil_scoped_acquire locked;
-  throw nb::value_error(("peak '" + kind + "'; valid: int8, bf16 or f32").c_str());
+  return run(rounds);
 }
 
 int64_t stream(Bytes data, int passes, const std::optional<std::string>& path) {
@@ -287,7 +291,7 @@ void bind_kernels(nb::module_& m) {
         "Activation records as bytes (rows, record bytes): int8 codes, then scales and sums.");
   m.def("apply", &apply, "function"_a, "x"_a, "path"_a = nb::none(), "f(x) as (1, size) f32.");
   m.def("peak", &peak, "kind"_a, "rounds"_a, "path"_a = nb::none(),
-        "Operations done by one thread; kind int8, bf16 or f32.");
+        "Operations done by one thread; kind int8, int16, bf16 or f32; 0 where the path has none.");
   m.def("stream", &stream, "data"_a, "passes"_a = 1, "path"_a = nb::none(),
         "Bytes read by one thread, `passes` times over data.");
 }

@@ -16,6 +16,7 @@ const Kernels kKernels = {LM_NAME(LMCLOCK_PATH),
                           glu,
                           apply,
                           peak_int8,
+                          peak_int16,
                           peak_bf16,
                           peak_f32,
                           stream};

@@ -56,6 +56,22 @@ int64_t peak_int8(int64_t rounds) {
   return (rounds * kPerRound + kChains * kDots - 1) / (kChains * kDots) * kChains * kDots * 128;
 }
 
+int64_t peak_int16(int64_t rounds) {
+#if defined(LM_HAS_PAIRS)
+  i32x16 sums[kChains];
+  unroll<kChains>([&](auto i) LM_LAMBDA { sums[i] = splat_i(i); });
+  i32x16 a = load_i(kOperand), b = a;
+  hide(a);
+  hide(b);
+  for (int64_t n = 0; n < rounds * kPerRound; n += kChains)
+    unroll<kChains>([&](auto i) LM_LAMBDA { sums[i] = dot_i16(sums[i], a, b); });
+  use(sums);
+  return (rounds * kPerRound + kChains - 1) / kChains * kChains * 64;
+#else
+  return 0 * rounds;
+#endif
+}
+
 int64_t peak_bf16(int64_t rounds) {
   f32x16 sums[kChains];
   unroll<kChains>([&](auto i) LM_LAMBDA { sums[i] = splat(0.0f); });

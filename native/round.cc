@@ -91,6 +91,14 @@ LM_INLINE void round_q8_blocks(const float* x, Q8Block* out) {
 }
 #endif
 
+void round_wide(const float* x, int64_t k0, int64_t k1, float* out) {
+  int64_t k = k0;
+  for (; k + 16 <= k1; k += 16) store(out + k, from_bf16(to_bf16(load(x + k))));
+  if (k == k1) return;
+  const int n = static_cast<int>(k1 - k);
+  store_n(out + k, from_bf16(to_bf16(load_n(x + k, n))), n);
+}
+
 void round_bf16(const float* x, int64_t width, int64_t k0, int64_t k1, uint16_t* out) {
   int64_t k = k0;
   for (; k + 16 <= k1; k += 16) store_u16(out + k, to_bf16(load(x + k)));
@@ -107,7 +115,8 @@ void round_bf16(const float* x, int64_t width, int64_t k0, int64_t k1, uint16_t*
 void round_row(Act act, const float* x, int64_t width, int64_t k0, int64_t k1, void* record) {
   uint8_t* out = static_cast<uint8_t*>(record);
   if (act == Act::none) std::memcpy(out + 4 * k0, x + k0, 4 * static_cast<size_t>(k1 - k0));
-  if (act == Act::bf16) round_bf16(x, width, k0, k1, reinterpret_cast<uint16_t*>(out));
+  if (act == Act::bf16 && wide_bf16) round_wide(x, k0, k1, reinterpret_cast<float*>(out));
+  else if (act == Act::bf16) round_bf16(x, width, k0, k1, reinterpret_cast<uint16_t*>(out));
   if (act != Act::q8_32) return;
   Q8Block* blocks = static_cast<Q8Block*>(record);
   int64_t k = k0;
@@ -119,7 +128,7 @@ void round_row(Act act, const float* x, int64_t width, int64_t k0, int64_t k1, v
 }
 
 void activations_f32(Act act, const uint8_t* x, int64_t k0, int64_t n, float* out) {
-  if (act == Act::none) {
+  if (act == Act::none || (act == Act::bf16 && wide_bf16)) {
     std::memcpy(out, x + 4 * k0, 4 * static_cast<size_t>(n));
   } else if (act == Act::bf16) {
     for (int64_t i = 0; i < n; ++i) {

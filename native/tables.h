@@ -15,6 +15,7 @@ void linear(const Linear& l, int64_t r0, int64_t r1, int64_t p0, int64_t p1);
 void glu(const Glu& g, int64_t r0, int64_t r1, int64_t p0, int64_t p1);
 void apply(Function f, const float* x, float* y, int64_t count);
 int64_t peak_int8(int64_t rounds);
+int64_t peak_int16(int64_t rounds);
 int64_t peak_bf16(int64_t rounds);
 int64_t peak_f32(int64_t rounds);
 int64_t stream(const uint8_t* data, int64_t bytes);

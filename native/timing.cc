@@ -102,10 +102,7 @@ Seconds time_stream(Bytes data, int threads, int repeat, const std::optional<std
 // Operations per second of all threads together, per repeat.
 Seconds time_peak(const std::string& kind, int64_t rounds, int threads, int repeat,
                   const std::optional<std::string>& path) {
-  const Kernels& k = find_path(path);
-  require(kind == "int8" || kind == "bf16" || kind == "f32",
-          "peak '" + kind + "'; valid: int8, bf16 or f32");
-  auto* run = kind == "int8" ? k.peak_int8 : kind == "bf16" ? k.peak_bf16 : k.peak_f32;
+  const Peak run = find_peak(find_path(path), kind);
   const double operations = static_cast<double>(run(1)) * static_cast<double>(rounds) * threads;
   Seconds rates = time_all(threads, repeat, [&](int) { run(rounds); });
   for (double& rate : rates) rate = operations / rate;
@@ -135,7 +132,7 @@ void bind_timing(nb::module_& m) {
         "path"_a = nb::none(), "Seconds of each repeat of reading data once through dot products.");
   m.def("time_peak", &time_peak, "kind"_a, "rounds"_a = 256, "threads"_a = 1, "repeat"_a = 10,
         "path"_a = nb::none(),
-        "Operations per second of all threads, per repeat; kind int8, bf16 or f32.");
+        "Operations per second of all threads, per repeat; kind int8, int16, bf16 or f32.");
   m.def("time_tick", &time_tick, "count"_a = 100'000, "Seconds of one time stamp.");
 }
 

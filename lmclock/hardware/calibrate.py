@@ -32,7 +32,7 @@ from lmclock.machines import Capacity, Machine, create
 from lmclock.passes import optimise
 
 FOOTPRINTS = tuple(1 << k for k in range(18, 30))  # 256 KiB to 512 MiB
-KINDS = ("int8", "bf16", "f32")
+KINDS = ("int8", "int16", "bf16", "f32")
 PIECE_NS = 4_000_000  # a timed piece lasts about this long, so that starting threads is noise
 SETTLE_NS = 200_000_000  # the longest time that a footprint is read before it is timed
 VERSION = 2

@@ -66,10 +66,10 @@ class Limits:
         return float(np.interp(np.log(max(footprint, 1)), sizes, spreads))
 
     def peak(self, kind: str) -> float:
-        """Operations per second of an arithmetic kind: int8, bf16 or f32. What is bf16 may as well
-        be computed in f32, so the faster of the two is its limit.
+        """Operations per second of an arithmetic kind: int8, int16, bf16 or f32. What is bf16 may
+        as well be computed in f32, and pairs of int16 in either, so the fastest is the limit.
         """
-        ways = ("bf16", "f32") if kind == "bf16" else (kind,)
+        ways = {"int16": ("int16", "bf16", "f32"), "bf16": ("bf16", "f32")}.get(kind, (kind,))
         found = [self.peaks[way].best for way in ways if way in self.peaks]
         if not found:
             raise UnsupportedError(
