@@ -75,7 +75,8 @@ def lmclock_jobs(sizes: Sizes, path: str = MODEL, simd: str | None = None) -> Ma
     draw = drawing(model.config.vocab)
 
     def matmul() -> float:
-        return peak_share(model, lambda: generate(model, draw(sizes.prompt), 1), PRODUCTS, ("int8",))
+        prefill = partial(generate, model, draw(sizes.prompt), 1)
+        return peak_share(model, prefill, PRODUCTS, ("int8",))
 
     jobs: dict[str, Job] = {
         "prefill": lambda: timed(partial(generate, model, draw(sizes.prompt), 1)),
@@ -88,10 +89,10 @@ def lmclock_jobs(sizes: Sizes, path: str = MODEL, simd: str | None = None) -> Ma
 def peak_share(
     model: Model, run: Callable[[], Sequence[Cycle]], opcodes: Sequence[str], kinds: Sequence[str]
 ) -> float:
-    """Operations per busy second of some opcodes in a run, as a share of the highest peak of `kinds`
-    on all threads: the larger of those measured right before and after it, since another engine's threads
-    that still spin make a peak lower and nothing makes it higher. The picked rows' output matrix is
-    left out: it is bound by memory.
+    """Operations per busy second of some opcodes in a run, as a share of the highest peak of
+    `kinds` on all threads: the larger of those measured right before and after it, since another
+    engine's threads that still spin make a peak lower and nothing makes it higher. The picked rows'
+    output matrix is left out: it is bound by memory.
     """
     import lmclock._native as native
 

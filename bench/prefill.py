@@ -205,8 +205,8 @@ def parts(samples: Samples, plan: Plan) -> Iterator[str]:
 METHOD = """The packaged Q4_1 file in lmclock; llama.cpp on the same file and in its fastest \
 format, flash attention off or on, whichever is faster (8k: on), n_ubatch = 512. Attention's \
 share of the peak counts the operations of visible positions only, over the busy time of \
-`attend`, against the peak of dot products of 16-bit pairs, integers or bf16, whichever is higher, or of f32 \
-where there are none: the larger of those right before and after."""
+`attend`, against the peak of products of 16-bit pairs, of integers or of bf16, whichever is \
+higher (of f32 where there are none), and the larger of those right before and after."""
 
 
 if __name__ == "__main__":

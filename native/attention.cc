@@ -81,8 +81,8 @@ void begin_rounded(const Tile& t) {
 }
 
 void pair_block(const Tile& t, const Block& b) {
-  if (b.format == CacheFormat::f16) pair_all<uint16_t>(t, b, !bf16_dots_fast);
-  else pair_all<float>(t, b, !bf16_dots_fast);
+  if (b.format == CacheFormat::f16) pair_all<uint16_t>(t, b, weighs_codes);
+  else pair_all<float>(t, b, weighs_codes);
 }
 
 template <bool Codes>
@@ -101,8 +101,8 @@ void attend_rounded(Tile& t, const Block& b) {
   if (!plain) prepare_scores(t, b);
   for (int q = 0; q < t.padded; q += 16) mask_queries(t, b, q);
   const float factor = plain ? t.scale * kLog2E : kLog2E;
-  if (bf16_dots_fast) weigh_rounded<false>(t, b, factor);
-  else weigh_rounded<true>(t, b, factor);
+  if (weighs_codes) weigh_rounded<true>(t, b, factor);
+  else weigh_rounded<false>(t, b, factor);
 }
 
 #else  // attend.cc asks before it calls them

@@ -171,7 +171,6 @@ LM_INLINE void soften_pairs(const Tile& t, int count, f32x16 factor, int query) 
     less[v] = zero - peak;
     if constexpr (Codes) {
       scale[v] = weight((here - peak) * splat(kLn2)) * splat(1.0f / (1 << kWeightBits));
-      store(weight_scales(t) + at, scale[v]);
       less[v] = splat(kWeightBits) - select(here == none, zero, here);
       sum[v] = zero;
     }
@@ -195,8 +194,11 @@ LM_INLINE void soften_pairs(const Tile& t, int count, f32x16 factor, int query) 
     });
   unroll<V>([&](auto v) LM_LAMBDA {
     float* l = t.sum.l + query + 16 * v;
-    if constexpr (Codes)
+    if constexpr (Codes) {
+      const f32x16 nan = sum[v] * splat(0.0f);  // or zero: codes do not hold one
+      store(weight_scales(t) + query + 16 * v, scale[v] + nan);
       sum[v] = fma(sum[v], scale[v], load(l) * load(t.factors + query + 16 * v));
+    }
     store(l, sum[v]);
   });
 }

@@ -35,9 +35,10 @@ extern const int64_t stream_ahead;   // kStreamAhead, or 0 on AMD: 4-10 % slower
 // and 1.3; 3 KB ahead 1.2 and 1.3. One row is the same either way on Zen 4; on Zen 5 q4_k goes from
 // 68 to 88 % of a plain read, q6_k from 87 to 96, f16 and bf16 from 90 to 97, and q4_1 stays.
 extern const int64_t rows_ahead;
-// Whether vdpbf16ps does twice the work of a fused multiply-add in the same time: on Zen 4 it does
-// (469 against 235 GOPS of two cores), on Sapphire Rapids it is the slower one (181 against 389).
-extern const bool bf16_dots_fast;
+// Whether attention of many rows weighs values by integer codes and not by bf16: where vdpbf16ps is
+// slow. GOPS of two cores: 469 and 235 of f32 on Zen 4; 185 on Golden Cove, where f32 gives 330 and
+// integer pairs 760. Tests set it.
+extern bool weighs_codes;
 // Whether rows rounded to bf16 are kept in f32, for the f32 kernels: where no product of bf16 pairs
 // is faster. Many rows of bf16 on Golden Cove without tiles: 187 -> 320 GOPS.
 extern const bool wide_bf16;

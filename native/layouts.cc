@@ -150,7 +150,7 @@ std::vector<const Kernels*> find_kernels() {
 
 const int64_t stream_ahead = is_intel() ? kStreamAhead : 0;
 const int64_t rows_ahead = is_intel() ? 0 : kStreamAhead;
-const bool bf16_dots_fast = !is_intel();
+bool weighs_codes = is_intel();
 const bool wide_bf16 = !has_bf16_pairs();
 const bool whole_chains = is_intel();
 

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <iterator>
 #include <thread>
+#include <utility>
 
 #include "binding.h"
 
@@ -292,6 +293,8 @@ void bind_kernels(nb::module_& m) {
   m.def("apply", &apply, "function"_a, "x"_a, "path"_a = nb::none(), "f(x) as (1, size) f32.");
   m.def("peak", &peak, "kind"_a, "rounds"_a, "path"_a = nb::none(),
         "Operations done by one thread; kind int8, int16, bf16 or f32; 0 where the path has none.");
+  m.def("set_weigh_codes", [](bool codes) { return std::exchange(weighs_codes, codes); }, "codes"_a,
+        "For tests: how attention of many rows weighs values; returns how it did.");
   m.def("stream", &stream, "data"_a, "passes"_a = 1, "path"_a = nb::none(),
         "Bytes read by one thread, `passes` times over data.");
 }
