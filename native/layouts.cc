@@ -171,11 +171,13 @@ int64_t panel_bytes(Layout layout, int64_t width) {
 }
 
 int64_t act_row_bytes(Act act, int64_t width) {
-  if (act == Act::none || (act == Act::bf16 && wide_bf16)) return 4 * width;
+  if (act == Act::none) return 4 * width;
   // q8_32: one line per block, see record.h
-  const int64_t lines =
-      act == Act::bf16 ? (2 * width + 2 + kAlign - 1) / kAlign : width / kRoundBlock;
-  return (lines | 1) * kAlign;
+  const int64_t bytes = act == Act::q8_32 ? width / kRoundBlock * kAlign
+                        : wide_bf16       ? 4 * width
+                                          : 2 * width + 2;
+  // An odd number of lines: rows a power of two apart would share a set of the first-level cache.
+  return ((bytes + kAlign - 1) / kAlign | 1) * kAlign;
 }
 
 const std::vector<const Kernels*>& available_kernels() {
