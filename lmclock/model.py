@@ -31,6 +31,8 @@ from lmclock.engine import Engine, Event, Request
 from lmclock.engine.burst import BURST, LONGEST
 from lmclock.engine.sampling import sampling_of
 from lmclock.errors import LmclockError, OptionError, UnsupportedError
+from lmclock.files import stored_bytes
+from lmclock.files.pull import pull
 from lmclock.machines import Capacity, Machine, create
 from lmclock.passes import optimise
 from lmclock.program import Program
@@ -90,7 +92,10 @@ def load(
     with ExitStack() as undo:
         maker = create(machine, **options)
         undo.callback(maker.close)
-        assembled = read(model, cache, weights, pooled(pooling, normalize), checked=False)
+        source = pull(model)
+        if weights is None:  # else what is loaded is not what the files hold
+            maker.prepare(stored_bytes(source))
+        assembled = read(source, cache, weights, pooled(pooling, normalize), checked=False)
         most = assembled.program.context or DEFAULT_CONTEXT
         if context > most:
             raise OptionError(f"context={context} is more than the model was made for, {most}")

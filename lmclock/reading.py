@@ -21,7 +21,7 @@ Change = Callable[[ModelConfig], ModelConfig]
 
 
 def read(
-    model: str,
+    model: str | Path,
     cache: str = "f16",
     weights: str | None = None,
     change: Change | None = None,

@@ -73,6 +73,10 @@ void Machine::unload() {
   buffers_ = Memory();
 }
 
+void Machine::prepare(int64_t bytes) {
+  if (!loaded_) prepared_.start(bytes);  // else there would be weights twice
+}
+
 void Machine::load(const ProgramSource& source) {
   unload();
   capacity_ = source.capacity;
@@ -80,11 +84,13 @@ void Machine::load(const ProgramSource& source) {
   try {
     load_all(source);
   } catch (const std::bad_alloc&) {
+    prepared_.drop();
     unload();
     throw Failure{"ContextError", "the weights, the cache and the buffers of " +
                                       std::to_string(capacity_.rows) +
                                       " rows do not fit into memory"};
   } catch (...) {
+    prepared_.drop();
     unload();
     throw;
   }

@@ -11,6 +11,7 @@
 
 #include "frame.h"
 #include "memory.h"
+#include "prepared.h"
 #include "sampler.h"
 
 namespace lmclock {
@@ -112,6 +113,8 @@ class Machine {
 
   // Failure names a tensor whose scales are not finite; then, or without memory, nothing is loaded.
   void load(const ProgramSource& source);
+  // Weights of about so many bytes are to be loaded: their memory is made ready meanwhile.
+  void prepare(int64_t bytes);
   void bind(const BatchSource& batch);
   // Stamps: [thread][instruction][begin, end] for instructions first .. last - 1.
   RunFault run(int section, int64_t first, int64_t last, int64_t* stamps);
@@ -219,6 +222,7 @@ class Machine {
   std::vector<std::vector<Matrix>> parts_;
   std::vector<std::vector<float>> vectors_;
   Memory packed_, buffers_, shared_, records_;
+  Prepared prepared_;  // what packed_ will be
   // By slot, the value it holds: an input's number, or section + 1 << 32 | value; -1 for none.
   std::vector<int64_t> holder_, held_;
   std::vector<StateGroup> groups_;

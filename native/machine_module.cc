@@ -294,6 +294,7 @@ void bind_machine(nb::module_& m) {
       .def_static("has", [](const std::optional<std::string>& path,
                             int opcode) { return Machine::has(find_path(path), opcode); },
                   nb::arg("path").none(), nb::arg("opcode"))
+      .def("prepare", &Machine::prepare)
       .def("load", &load)
       .def("bind", &bind)
       .def("run", &run)

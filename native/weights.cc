@@ -137,7 +137,7 @@ void Machine::load_weights(const ProgramSource& source) {
   }
   Layouter layout(source);
   packed_ = Memory();  // given back before the new one is there
-  packed_ = Memory(layout.bytes);
+  packed_ = prepared_.take(layout.bytes);
   for (Job& job : layout.jobs) {
     job.matrix.data = packed_.data() + job.offset;
     parts_[static_cast<size_t>(job.weight)].push_back(job.matrix);

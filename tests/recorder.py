@@ -61,6 +61,9 @@ class RecordedMachine:
         if self.path == "scalar":
             RECORDING.put(kind, self.number, *fields)
 
+    def prepare(self, size: int) -> None:
+        self.core.prepare(size)  # it changes no number
+
     def load(self, weights: Any, sections: Any, states: Any, sizes: Any) -> None:
         self.core.load(weights, sections, states, sizes)
         fields: list[Any] = [len(weights)]

@@ -487,3 +487,23 @@ print([name for name in sys.modules if "machines.array" in name or name == "torc
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("size", [0, 100, 1 << 16, 64 << 20])
+def test_memory_made_ready_is_used_whatever_its_size(size: int) -> None:
+    program = op_program("linear y, x, w", "input x tok f32 width=64\nweight w 640x64 f32")
+    weights, x = random_weights(program), numbers(3, 64)
+    some = Batch({"tok": Rows.of([(0, 3)]), "src": Rows.of([(0, 0)])}, {"x": x},
+                 np.zeros(1, np.int32), page_size=PAGE_SIZE)  # fmt: skip
+    found = []
+    for prepared in (None, size):
+        machine = create("native", threads=2)
+        for _ in range(2):  # a machine that is loaded makes nothing ready
+            if prepared is not None:
+                machine.prepare(prepared)
+            machine.load(program, weights, Capacity(8, page_size=PAGE_SIZE))
+        machine.bind(some)
+        machine.run("step")
+        found.append(machine.read("y").copy())
+        machine.close()
+    np.testing.assert_array_equal(found[0], found[1])

@@ -8,6 +8,7 @@ second and without memory to speak of, whatever sizes it declares.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lmclock.files.tensor import Reader, Tensor
 if TYPE_CHECKING:
     from lmclock.files.safetensors import Safetensors
 
-__all__ = ["GGUF", "Reader", "Safetensors", "Tensor", "open_weights"]
+__all__ = ["GGUF", "Reader", "Safetensors", "Tensor", "open_weights", "stored_bytes"]
 
 
 def open_weights(path: str | Path) -> Reader:
@@ -42,6 +43,18 @@ def open_weights(path: str | Path) -> Reader:
         return safetensors.Safetensors.open(path)
     meaning = mapping.foreign(path, head)
     raise FileError(f"{path} {meaning or 'is neither a GGUF nor a safetensors file'}")
+
+
+def stored_bytes(path: Path) -> int:
+    """How large the weights file at `path` is, or those of a folder: roughly, and 0 where there is
+    none. Nothing is opened.
+    """
+    with suppress(OSError):
+        if not path.is_dir():
+            return path.stat().st_size
+        endings = (".safetensors", ".gguf")
+        return max(sum(f.stat().st_size for f in path.glob(f"*{e}")) for e in endings)
+    return 0
 
 
 def _weights_in(folder: Path) -> Path:

@@ -113,6 +113,9 @@ class Machine(ABC):
 
     traits: Traits
 
+    def prepare(self, size: int) -> None:  # noqa: B027
+        """Weights of about `size` bytes are to be loaded: a machine may get memory ready."""
+
     @abstractmethod
     def load(
         self,

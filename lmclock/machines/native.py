@@ -54,6 +54,9 @@ class NativeMachine(Machine):
 
     # --- load
 
+    def prepare(self, size: int) -> None:
+        self._core.prepare(size)
+
     def load(
         self,
         program: Program,
