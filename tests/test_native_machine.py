@@ -555,10 +555,12 @@ def test_rounded_attend_has_the_same_bits_in_any_company(weighing: str) -> None:
 def test_rounded_attend_hides_no_number_that_is_none(
     what: str, poison: float, weighing: str
 ) -> None:
+    if not _native.peak("int16", 1):
+        pytest.skip("no path here computes attention from pairs of 16 bits")
     program = paged((2, 2, 32, 32), "act=bf16", "f32")
     inputs = {name: x.copy() for name, x in paged_inputs(program, 100, 0).items()}
     inputs[what][70, 3] = poison  # of the first head
-    machine = create("native", path="avx512" if "avx512" in _native.simd_paths() else None)
+    machine = create("native")
     machine.load(program, {}, capacity(program, rows=128))
     machine.bind(batch(program, [(0, 100)], inputs))
     machine.run("step")
