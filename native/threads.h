@@ -64,22 +64,25 @@ class Team {
 
   // Returns once every thread of the team has called it.
   void barrier() {
-    barrier([] {}, [](auto&&) {});
+    barrier([] { return 0; }, [](auto&&) {});
   }
 
   // The same; the last thread to come calls `alone` before any of them goes on, the others call
-  // `meanwhile(waiting)` before they wait: it may go on for as long as waiting() says so.
+  // `meanwhile(waiting)` before they wait: it may go on for as long as waiting() says so. On all
+  // threads what `alone` returned.
   template <class F, class G>
-  void barrier(F&& alone, G&& meanwhile) {
+  int64_t barrier(F&& alone, G&& meanwhile) {
     if (size_ == 1) return alone();
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 != static_cast<uint32_t>(size_)) {
       meanwhile([&] { return phase_.load(std::memory_order_acquire) == phase; });
-      return await_phase(phase);
+      await_phase(phase);
+      return result_;
     }
-    alone();
+    result_ = alone();
     arrived_.store(0, std::memory_order_relaxed);
     wake(phase_, phase + 1);
+    return result_;
   }
 
  private:
@@ -94,6 +97,7 @@ class Team {
   const int generation_;
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};    // barriers passed
+  int64_t result_ = 0;  // of the last one's `alone`, on the line that the others look at
   alignas(64) std::atomic<uint32_t> job_{0};      // jobs started
   alignas(64) std::atomic<uint32_t> sleepers_{0};
   Body body_ = nullptr;
