@@ -41,7 +41,8 @@ extern const int64_t rows_ahead;
 extern bool weighs_codes;
 // Whether rows rounded to bf16 are kept in f32, for the f32 kernels: where no product of bf16 pairs
 // is faster. Many rows of bf16 on Golden Cove without tiles: 187 -> 320 GOPS.
-extern const bool wide_bf16;
+// Tests set it.
+extern bool wide_bf16;
 // Whether adding two integer vectors takes a port that multiplies, so that tiles run kChainRows rows
 // through whole chains of dot products (simd_avx512.h has the figures).
 extern const bool whole_chains;

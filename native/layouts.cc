@@ -111,10 +111,10 @@ bool is_intel() { return false; }
 #endif
 
 bool has_bf16_pairs() {
-#if defined(LMCLOCK_EMULATED_TILES) || !defined(LMCLOCK_X86)
-  return true;
-#else
+#if defined(LMCLOCK_X86)
   return has_amx() || (has_avx512() && !is_intel());
+#else
+  return true;
 #endif
 }
 
@@ -151,7 +151,7 @@ std::vector<const Kernels*> find_kernels() {
 const int64_t stream_ahead = is_intel() ? kStreamAhead : 0;
 const int64_t rows_ahead = is_intel() ? 0 : kStreamAhead;
 bool weighs_codes = is_intel();
-const bool wide_bf16 = !has_bf16_pairs();
+bool wide_bf16 = !has_bf16_pairs();
 const bool whole_chains = is_intel();
 
 Layout layout_of(int format) {

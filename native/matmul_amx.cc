@@ -65,7 +65,7 @@ void configure(ManyConfig& now, int64_t rows, int words, int words_b) {
 }
 
 int64_t take(Layout layout, const Rows& x, int64_t rows) {
-  const bool pairs = layout == Layout::bf16 && x.act == Act::bf16;
+  const bool pairs = layout == Layout::bf16 && x.act == Act::bf16 && !wide_bf16;
   const bool codes = x.act == Act::q8_32 && layout != Layout::f32 && layout != Layout::f16 &&
                      layout != Layout::bf16;
   if (!pairs && !codes) return 0;

@@ -295,6 +295,8 @@ void bind_kernels(nb::module_& m) {
         "Operations done by one thread; kind int8, int16, bf16 or f32; 0 where the path has none.");
   m.def("set_weigh_codes", [](bool codes) { return std::exchange(weighs_codes, codes); }, "codes"_a,
         "For tests: how attention of many rows weighs values; returns how it did.");
+  m.def("set_wide_bf16", [](bool wide) { return std::exchange(wide_bf16, wide); }, "wide"_a,
+        "For tests: whether rows rounded to bf16 are kept in f32; returns whether they were.");
   m.def("stream", &stream, "data"_a, "passes"_a = 1, "path"_a = nb::none(),
         "Bytes read by one thread, `passes` times over data.");
 }

@@ -119,6 +119,17 @@ def test_many_rows_of_a_long_width(path: str, name: str) -> None:
     assert arithmetic_error(y, reference) <= TOLERANCE
 
 
+@each_path
+@pytest.mark.parametrize("wide", (False, True))
+def test_bf16_rows_as_pairs_and_in_f32(path: str, wide: bool) -> None:
+    """Whichever this processor would take."""
+    before = _native.set_wide_bf16(wide)
+    try:
+        test_many_rows_of_a_long_width(path, "bf16")
+    finally:
+        _native.set_wide_bf16(before)
+
+
 @each_format
 @each_act
 def test_paths_agree_bit_for_bit(fmt: Format, act: str) -> None:
